@@ -1,0 +1,104 @@
+"""What this client raises. Catch `SftdError` for all of it.
+
+SftdError
+├── ConnectionFailed        no answer, or none in time
+├── ConfigurationError      no key, no address, an unreadable spec file
+├── JobFailed               a job that was waited for failed or was cancelled
+└── ApiError                the server answered with an error; .status .code .param .request_id
+    ├── AuthenticationError 401
+    ├── PermissionDenied    403
+    ├── NotFound            404
+    ├── Conflict            409
+    ├── TooLarge            413
+    ├── SequenceGap         416   a stream went on past what the server holds
+    ├── Invalid             400, 422
+    ├── Throttled           429
+    └── ServerError         5xx
+"""
+
+
+class SftdError(Exception):
+    """Base of everything raised here."""
+
+
+class ConnectionFailed(SftdError):
+    """The server could not be reached, or did not answer in time."""
+
+
+class ConfigurationError(SftdError):
+    """Something is missing or unreadable on this side: the key, the address, the spec file."""
+
+
+class JobFailed(SftdError):
+    """A job that was waited for ended otherwise than in `succeeded`."""
+
+
+class ApiError(SftdError):
+    """The server answered with an error."""
+
+    def __init__(
+        self, message: str, *, status: int, code: str, param: str | None = None, request_id: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.request_id = request_id
+
+
+class AuthenticationError(ApiError):
+    """401: no key, a wrong key or an expired one."""
+
+
+class PermissionDenied(ApiError):
+    """403: the key's role does not allow this."""
+
+
+class NotFound(ApiError):
+    """404: no such thing."""
+
+
+class Conflict(ApiError):
+    """409: the thing is in the wrong state for this."""
+
+
+class TooLarge(ApiError):
+    """413: larger than the server's limit."""
+
+
+class SequenceGap(ApiError):
+    """416: the batch begins after what the server holds. `expected` is where to go on."""
+
+    expected: int = 0
+
+
+class Invalid(ApiError):
+    """400 or 422: the request itself is wrong. The message lists every mistake."""
+
+
+class Throttled(ApiError):
+    """429: too many requests."""
+
+
+class ServerError(ApiError):
+    """5xx: the server's fault; worth another try."""
+
+
+_BY_STATUS: dict[int, type[ApiError]] = {
+    400: Invalid,
+    401: AuthenticationError,
+    403: PermissionDenied,
+    404: NotFound,
+    409: Conflict,
+    413: TooLarge,
+    416: SequenceGap,
+    422: Invalid,
+    429: Throttled,
+}
+
+
+def error_class(status: int) -> type[ApiError]:
+    """The class that stands for an HTTP status."""
+    if status >= 500:
+        return ServerError
+    return _BY_STATUS.get(status, ApiError)

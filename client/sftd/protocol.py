@@ -1,0 +1,299 @@
+"""What workers and the server say to each other, and what an agent tells its trainer.
+
+Every worker write carries the fencing pair (attempt, token): the attempt in the body, the token in the header
+`X-Lease-Token`, so that it never stands in a URL or a log. The calls are listed in docs/architecture.md.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+
+from sftd.schemas import FailureReason, ManifestFile, Want
+from sftd.spec import JobSpec
+
+TOKEN_HEADER = "X-Lease-Token"
+MAX_POINTS = 5000  # metric points in one batch
+MAX_EVENTS = 500  # events in one batch
+MAX_LOG_LINES = 5000  # log lines in one batch
+MAX_LOG_BYTES = 256 * 1024  # body of one log batch
+MAX_LINE_CHARS = 8192  # a longer log line is cut and marked
+MAX_METRIC_NAMES = 1000  # distinct metric names in one job
+
+Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+ArtifactPath = Annotated[
+    str, StringConstraints(pattern=rf"^{_PART}(/{_PART}){{0,2}}$")
+]  # within a folder, by manifest
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+TRAINER_JOB_FILE = "job.json"  # in the job's folder; written by the agent, read by the trainer
+TRAINER_LINES_FILE = "logs/events.jsonl"  # appended by the trainer, followed by the agent
+
+
+class Message(BaseModel):
+    """Base of all messages: unknown fields are refused, so that a mismatch of versions shows at once."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class Hello(Message):
+    """`POST /worker/register`: who a worker is and whether it sees the server's data folder."""
+
+    worker_id: Identifier
+    boot_id: Identifier
+    gpus: int = Field(ge=1, le=1024)
+    device: Literal["cuda", "cpu"]
+    labels: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    installation_id: str | None = None
+
+
+class Welcome(Message):
+    """Answer to Hello."""
+
+    lease_seconds: float
+    installation_id: str
+
+
+class Claim(Message):
+    """`POST /worker/claim`: give me a job. Held open up to `wait_seconds`; 204 when there is none.
+
+    The same `request_id` again brings the same lease while the job is still claimed: a lost answer is harmless.
+    """
+
+    worker_id: Identifier
+    boot_id: Identifier
+    request_id: Identifier
+    gpus: int = Field(ge=1, le=1024)
+    wait_seconds: float = Field(25, ge=0, le=60)
+
+
+class InputFile(Message):
+    """A file that a job reads, pinned by its hash when the job was posted. `path` is relative to the data folder."""
+
+    file_id: str
+    filename: str
+    sha256: Sha256
+    bytes: int
+    path: str
+
+
+class CheckpointRef(Message):
+    """A checkpoint to resume from; `name` is its folder under the job's `checkpoints/`."""
+
+    step: int
+    name: FileName
+    manifest_sha256: Sha256
+
+
+class BaseRef(Message):
+    """A base model that is another job's result or checkpoint. `path` is relative to the data folder."""
+
+    path: str
+    is_adapter: bool
+    base_model: str  # what the adapter stands on; equal to `path` where there is no adapter
+
+
+class Lease(Message):
+    """A job handed to a worker, for `lease_seconds` after each heartbeat."""
+
+    job_id: str
+    attempt: int
+    token: str
+    lease_seconds: float
+    spec: JobSpec
+    folder: str  # the job's folder, relative to the data folder
+    training_file: InputFile
+    validation_file: InputFile | None
+    base: BaseRef | None
+    checkpoints: list[CheckpointRef]  # newest first; the first that verifies is resumed from
+    next_seq: dict[Literal["metrics", "logs", "events"], int]
+
+
+class Heartbeat(Message):
+    """`POST /worker/jobs/{id}/heartbeat`. The lease is renewed at once; the answer is held up to `wait_seconds`
+    or until what the user wants differs from `seen_want`, so that a cancel arrives at once."""
+
+    attempt: int
+    started: bool
+    step: int = 0
+    seen_want: Want = Want.RUN
+    wait_seconds: float = Field(0, ge=0, le=10)
+
+
+class Directive(Message):
+    """Answer to a heartbeat: what the user wants of the job."""
+
+    want: Want
+    lease_seconds: float
+
+
+class Point(Message):
+    """Metrics of one step. NaN and infinities travel as strings."""
+
+    step: int = Field(ge=0, lt=2**53)
+    values: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{1,128}$")], float]
+
+
+class MetricsBatch(Message):
+    """`POST /worker/jobs/{id}/metrics`. `seq` numbers the first point within the attempt, from 0."""
+
+    attempt: int
+    seq: int = Field(ge=0)
+    points: list[Point] = Field(max_length=MAX_POINTS)
+
+
+class LogBatch(Message):
+    """`POST /worker/jobs/{id}/logs`. `seq` numbers the first line within the attempt, from 0."""
+
+    attempt: int
+    seq: int = Field(ge=0)
+    lines: list[Annotated[str, StringConstraints(max_length=MAX_LINE_CHARS + 64)]] = Field(
+        max_length=MAX_LOG_LINES
+    )
+
+
+class TrainerEvent(Message):
+    """Something the trainer announced. `data` differs by type: see EventLine."""
+
+    type: Literal["run", "evaluation", "notice"]
+    message: str = Field(max_length=16384)
+    data: dict[str, Any] = {}
+
+
+class EventBatch(Message):
+    """`POST /worker/jobs/{id}/events`. `seq` numbers the first event within the attempt, from 0."""
+
+    attempt: int
+    seq: int = Field(ge=0)
+    events: list[TrainerEvent] = Field(max_length=MAX_EVENTS)
+
+
+class NextSeq(Message):
+    """Answer to a batch: the number the stream goes on with."""
+
+    next_seq: int
+
+
+class CheckpointReport(Message):
+    """`POST /worker/jobs/{id}/checkpoints`: a checkpoint is whole on disk. `files` is its manifest."""
+
+    attempt: int
+    step: int = Field(ge=0)
+    name: FileName
+    manifest_sha256: Sha256
+    files: dict[ArtifactPath, ManifestFile]
+    metrics: dict[str, float] = {}
+    corrupt: bool = False  # True: this recorded checkpoint does not verify any more
+
+
+class Finish(Message):
+    """`POST /worker/jobs/{id}/finish`: the attempt's last word. Sent again until it is answered with 200 or 409."""
+
+    attempt: int
+    state: Literal["succeeded", "failed", "cancelled", "paused"]
+    reason: FailureReason | None = None
+    message: str | None = Field(None, max_length=16384)
+    log_tail: list[str] = Field(default=[], max_length=200)
+    files: dict[ArtifactPath, ManifestFile] = {}  # the result's manifest
+
+
+class Release(Message):
+    """`POST /worker/jobs/{id}/release`: the worker gives the job back (it is being stopped); no failure."""
+
+    attempt: int
+    message: str = Field(max_length=1024)
+
+
+class Ok(Message):
+    """Answer to calls that have nothing else to say."""
+
+    ok: bool = True
+
+
+class TrainerJob(Message):
+    """`job.json`: all that a trainer is told. Paths are absolute; the trainer knows files only."""
+
+    job_id: str
+    attempt: int
+    spec: JobSpec
+    model_path: str  # a local folder, or a hub id
+    adapter_path: str | None = None  # an adapter to continue from
+    training_path: str
+    training_name: str  # the file's name as the user knows it, for messages
+    validation_path: str | None = None
+    validation_name: str | None = None
+    output_dir: str
+    cache_dir: str
+    resume_from: str | None = None  # a checkpoint folder that has been verified
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    trust_remote_code: bool = False
+    local_files_only: bool = False
+    skip_task_types: list[str] = []  # rows of these task types are left out, counted and said
+    wandb_run_id: str | None = None
+
+
+class StepLine(Message):
+    """A line of events.jsonl: metrics of one step. Evaluations put `eval_loss`, … on the step they were made at."""
+
+    type: Literal["step"] = "step"
+    attempt: int
+    at: float  # seconds since the epoch, by the trainer's clock; decides nothing
+    step: int
+    values: dict[str, float]
+
+
+class LogTextLine(Message):
+    """A line of events.jsonl: text for a person."""
+
+    type: Literal["log"] = "log"
+    attempt: int
+    at: float
+    text: str
+
+
+class EventLine(Message):
+    """A line of events.jsonl: the run is described, an evaluation is done, or something is worth telling.
+
+    `run` comes once, before the first step, with data {start_step, total_steps, resumed_from, …};
+    `evaluation` with data {step, eval_loss, perplexity, token_accuracy, num_tokens}; `notice` with anything.
+    """
+
+    type: Literal["run", "evaluation", "notice"]
+    attempt: int
+    at: float
+    message: str
+    data: dict[str, Any] = {}
+
+
+class CheckpointLine(Message):
+    """A line of events.jsonl: a checkpoint is whole on disk under checkpoints/<name>."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    attempt: int
+    at: float
+    step: int
+    name: FileName
+    manifest_sha256: Sha256
+    files: dict[ArtifactPath, ManifestFile]
+    metrics: dict[str, float] = {}
+
+
+class EndLine(Message):
+    """The last line of an attempt. `stopped`: the trainer obeyed a signal. `files` is the manifest of results/."""
+
+    type: Literal["end"] = "end"
+    attempt: int
+    at: float
+    outcome: Literal["succeeded", "stopped", "failed"]
+    reason: FailureReason | None = None
+    message: str | None = None
+    files: dict[ArtifactPath, ManifestFile] = {}
+
+
+TrainerLine = Annotated[
+    StepLine | LogTextLine | EventLine | CheckpointLine | EndLine, Field(discriminator="type")
+]
+TRAINER_LINE: TypeAdapter[TrainerLine] = TypeAdapter(TrainerLine)

@@ -1,0 +1,260 @@
+"""What the server answers: jobs, files, events, checkpoints, evaluations. Every field is present, or it is None."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sftd.spec import JobSpec
+
+T = TypeVar("T")
+
+
+class Answer(BaseModel):
+    """Base of all answers. A newer server may send more fields than this client knows: they are ignored."""
+
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
+
+
+class JobState(StrEnum):
+    """Where a job stands. `docs/states.md` draws the moves."""
+
+    QUEUED = "queued"
+    CLAIMED = "claimed"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+    @property
+    def leased(self) -> bool:
+        """A worker holds the job."""
+        return self in (JobState.CLAIMED, JobState.RUNNING, JobState.STOPPING)
+
+
+class Want(StrEnum):
+    """What the user wants of a job; the holder of the lease carries it out."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+class FailureReason(StrEnum):
+    """Why a job failed. `REMEDIES` says in one line who can fix it and how."""
+
+    BAD_DATA = "bad_data"
+    BAD_SPEC = "bad_spec"
+    MODEL_NOT_FOUND = "model_not_found"
+    MODEL_UNSUPPORTED = "model_unsupported"
+    OUT_OF_MEMORY = "out_of_memory"
+    DIVERGED = "diverged"
+    DISK_FULL = "disk_full"
+    WRONG_WORLD = "wrong_world"
+    CHECKPOINT_CORRUPT = "checkpoint_corrupt"
+    TRAINER_DIED = "trainer_died"
+    TRAINER_ERROR = "trainer_error"
+    WORKER_LOST = "worker_lost"
+    WORKER_ERROR = "worker_error"
+
+
+REMEDIES: dict[FailureReason, str] = {
+    FailureReason.BAD_DATA: "Mend the named rows of the data file, upload it again and post the job again.",
+    FailureReason.BAD_SPEC: "Change the named field of the spec and post the job again.",
+    FailureReason.MODEL_NOT_FOUND: "Check base_model; a gated or private model needs HF_TOKEN in the worker's environment.",
+    FailureReason.MODEL_UNSUPPORTED: "Choose another base_model, or turn off the option that the message names.",
+    FailureReason.OUT_OF_MEMORY: "Lower max_seq_length or lora.rank, turn on gradient_checkpointing, use qlora, or more gpus.",
+    FailureReason.DIVERGED: "Lower learning_rate or lengthen the warm-up; the last good checkpoint is kept.",
+    FailureReason.DISK_FULL: "The box's owner frees disk space; then post the job again.",
+    FailureReason.WRONG_WORLD: "Start as many processes as gpus says (torchrun --nproc_per_node).",
+    FailureReason.CHECKPOINT_CORRUPT: "The box's owner checks the disk; no whole checkpoint was left to resume from.",
+    FailureReason.TRAINER_DIED: "See the last lines of the log; a kill from outside is often the machine's memory running out.",
+    FailureReason.TRAINER_ERROR: "See the last lines of the log; if they do not name a mistake of yours, report it as a bug.",
+    FailureReason.WORKER_LOST: "The box's owner checks the worker; it vanished again and again without a new checkpoint.",
+    FailureReason.WORKER_ERROR: "The box's owner looks into the worker's log.",
+}
+
+
+class Failure(Answer):
+    """Why a job failed, what to do about it, and the end of its log."""
+
+    reason: FailureReason
+    message: str
+    remedy: str
+    log_tail: list[str]
+
+
+class Job(Answer):
+    """A job as the server knows it."""
+
+    id: str
+    object: Literal["job"] = "job"
+    name: str | None
+    state: JobState
+    want: Want
+    owner: str
+    priority: int
+    base_model: str
+    method: str
+    spec: JobSpec
+    metadata: dict[str, str]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    queue_position: int | None = Field(description="1 is next; None unless queued.")
+    estimated_finish_at: datetime | None
+    attempt: int = Field(description="How often a worker has taken the job.")
+    worker_id: str | None
+    step: int
+    total_steps: int | None
+    progress: float = Field(description="Share of the steps done, 0 to 1.")
+    loss: float | None = Field(description="Mean loss over the supervised tokens of the newest step.")
+    eval_loss: float | None
+    tokens_seen: int = Field(description="Tokens that went through the model.")
+    tokens_per_second: float | None
+    failure: Failure | None
+    folder: str = Field(description="Where the job's files lie on the box.")
+
+
+class File(Answer):
+    """An uploaded file."""
+
+    id: str
+    object: Literal["file"] = "file"
+    filename: str
+    purpose: str
+    bytes: int
+    sha256: str
+    status: str
+    format: str | None = Field(description="messages, prompt_completion, instruction, sharegpt or text.")
+    num_rows: int | None
+    created_at: datetime
+
+
+class Event(Answer):
+    """Something that happened to a job: `queued`, `claimed`, `running`, `checkpoint`, `evaluation`, `succeeded`, …"""
+
+    id: int
+    job_id: str
+    type: str
+    message: str
+    data: dict[str, Any]  # differs by type; every key is listed in docs/api.md
+    attempt: int
+    created_at: datetime
+
+
+class LogLine(Answer):
+    """One line of a job's log."""
+
+    id: int
+    attempt: int
+    text: str
+    created_at: datetime
+
+
+class MetricPoint(Answer):
+    """The metrics of one optimizer step."""
+
+    model_config = ConfigDict(extra="allow", ser_json_inf_nan="strings")
+    step: int
+
+
+class ManifestFile(Answer):
+    """One file of a checkpoint or result."""
+
+    bytes: int
+    sha256: str
+
+
+class Checkpoint(Answer):
+    """A checkpoint that the server has on record."""
+
+    job_id: str
+    step: int
+    attempt: int
+    bytes: int
+    files: dict[str, ManifestFile]
+    metrics: dict[str, float]
+    created_at: datetime
+
+
+class Evaluation(Answer):
+    """One evaluation, over all supervised tokens of the validation rows."""
+
+    job_id: str
+    step: int
+    attempt: int
+    eval_loss: float
+    perplexity: float
+    token_accuracy: float
+    num_tokens: int
+    created_at: datetime
+
+
+class Worker(Answer):
+    """A worker that has registered."""
+
+    id: str
+    boot_id: str
+    gpus: int
+    device: str
+    labels: dict[str, str]
+    versions: dict[str, str]
+    seen_at: datetime
+    job_ids: list[str]
+
+
+class Key(Answer):
+    """An access key, without its secret."""
+
+    id: str
+    name: str
+    role: Literal["admin", "user", "worker"]
+    created_at: datetime
+    expires_at: datetime | None
+
+
+class NewKey(Key):
+    """A key just made: the only time its secret is shown."""
+
+    secret: str
+
+
+class KeyRequest(BaseModel):
+    """What `POST /keys` takes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str = Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")
+    role: Literal["admin", "user", "worker"] = "user"
+    expires_in_seconds: int | None = Field(None, ge=1, le=10 * 365 * 86400)
+
+
+class Page(Answer, Generic[T]):
+    """A page of a list. `next_after` is the cursor of the following page, or None."""
+
+    object: Literal["list"] = "list"
+    data: list[T]
+    has_more: bool
+    next_after: str | int | None
+
+
+class ErrorBody(Answer):
+    """The inside of every error answer."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(Answer):
+    """The one error shape."""
+
+    error: ErrorBody
