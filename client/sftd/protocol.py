@@ -231,7 +231,9 @@ class TrainerJob(Message):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     trust_remote_code: bool = False
     local_files_only: bool = False
-    skip_task_types: list[str] = []  # rows of these task types are left out, counted and said
+    skip_test_translation: bool = (
+        False  # leave out rows whose task is to translate test cases, and say how many
+    )
     wandb_run_id: str | None = None
 
 

@@ -132,6 +132,16 @@ def read_rows(path: Path, *, name: str) -> Iterator[Row]:
         raise RowsInvalid(name, reading.problems, reading.num_problems)
 
 
+def is_test_translation(task_type: str) -> bool:
+    """Is this the task type of a row that translates test cases from one language to another?
+
+    Written as `translate_test_case`, `test_case_translation`, `test-translation`, `python_test_to_q_test`, …
+    """
+    words = task_type.lower().replace("-", "_").replace(" ", "_").split("_")
+    tests = any(word.startswith("test") for word in words)
+    return tests and any(word.startswith("translat") or word in ("case", "cases", "to") for word in words)
+
+
 def _read(path: Path, reading: _Reading) -> Iterator[Row]:
     seen = 0
     for line, value in _json_values(path, reading):

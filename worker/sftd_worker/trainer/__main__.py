@@ -1,0 +1,49 @@
+"""Start one run: `python -m sftd_worker.trainer WORKDIR`. Reads WORKDIR/job.json; exit code 0 unless the run failed.
+
+A job of several gpus starts itself again under torchrun, one process a GPU.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from sftd_worker.trainer.signals import Signals, die_with_parent
+
+
+def main() -> None:
+    """Obey signals first, import torch after."""
+    die_with_parent()
+    signals = Signals().install()
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m sftd_worker.trainer WORKDIR")
+    workdir = Path(sys.argv[1])
+
+    from sftd.protocol import TRAINER_JOB_FILE, TrainerJob
+
+    job = TrainerJob.model_validate_json((workdir / TRAINER_JOB_FILE).read_text())
+    if job.spec.gpus > 1 and "WORLD_SIZE" not in os.environ:
+        start_ranks(job.spec.gpus, ["-m", "sftd_worker.trainer", str(workdir)])
+
+    from sftd_worker.trainer.run import run
+
+    line = run(job, signals=signals)
+    sys.stdout.flush()
+    sys.exit(1 if line.outcome == "failed" else 0)
+
+
+def start_ranks(num_processes: int, command: list[str]) -> None:
+    """Become torchrun with `num_processes` processes of `python COMMAND`. Does not return."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the ranks, which take it over again
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={num_processes}",
+    ]
+    os.execv(sys.executable, [*torchrun, *command])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The edge of a run: every way it can end becomes one EndLine and an exit code. `train.py` is the run itself."""
+
+import os
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from sftd.protocol import TRAINER_LINE, EndLine, TrainerJob
+from sftd.schemas import FailureReason
+from sftd_worker.trainer.errors import RunFailed
+from sftd_worker.trainer.events import Events
+from sftd_worker.trainer.memory import is_out_of_memory
+from sftd_worker.trainer.signals import Signals
+from sftd_worker.trainer.train import Stopped, train
+from sftd_worker.trainer.world import join_world, leave_world
+
+
+def run(job: TrainerJob, *, signals: Signals) -> EndLine:
+    """Do a run and say how it ended. Never raises for what can go wrong in a run."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries; nothing a user can mend
+    disable_progress_bar()  # a log is no terminal
+    is_main = os.environ.get("RANK", "0") == "0"
+    logs = Path(job.output_dir) / "logs"
+    events = Events(logs, attempt=job.attempt, silent=not is_main)
+    world = None
+
+    def end(
+        outcome: str, reason: FailureReason | None = None, message: str | None = None, **more: object
+    ) -> EndLine:
+        return EndLine.model_validate(
+            {
+                "attempt": job.attempt,
+                "at": time.time(),
+                "outcome": outcome,
+                "reason": reason,
+                "message": message,
+                **more,
+            }
+        )
+
+    try:
+        world = join_world(device=job.device, gpus=job.spec.gpus)
+        files = train(job, world=world, events=events, signals=signals)
+        line = end("succeeded", files=files)
+    except Stopped as stopped:
+        events.log(str(stopped))
+        line = end("stopped", message=str(stopped))
+    except RunFailed as failure:
+        line = end("failed", failure.reason, str(failure))
+    except Exception as error:
+        if is_out_of_memory(error):
+            line = end("failed", FailureReason.OUT_OF_MEMORY, f"out of memory: {str(error).splitlines()[0]}")
+        else:
+            events.log(traceback.format_exc())
+            line = end("failed", FailureReason.TRAINER_ERROR, f"{type(error).__name__}: {error}"[:4000])
+    if line.outcome == "failed":
+        events.log(f"failed ({line.reason}): {line.message}")
+    if is_main:
+        if not _has_ended(logs / "events.jsonl", job.attempt):
+            events.end(line)
+    elif line.outcome == "failed":
+        # Rank 0 may hang in a collective now and be killed: the rank that failed speaks for the run.
+        Events(logs, attempt=job.attempt).end(line)
+    if world is not None and line.outcome != "failed":
+        leave_world(world)
+    return line
+
+
+def _has_ended(path: Path, attempt: int) -> bool:
+    """Has another rank already said how this attempt ended?"""
+    tail = path.read_bytes()[-65536:].splitlines()
+    for raw in reversed(tail):
+        try:
+            line = TRAINER_LINE.validate_json(raw)
+        except ValueError:
+            continue
+        if isinstance(line, EndLine) and line.attempt == attempt:
+            return True
+    return False

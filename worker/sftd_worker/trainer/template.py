@@ -1,0 +1,238 @@
+"""From chat messages to text, and which parts of the text carry the loss.
+
+The spans come from the chat template itself. A template with `{% generation %}` markers says where the assistant
+speaks. For one without, the text before an assistant's turn (with the generation prompt) and the text after it are
+rendered: what was added is the turn. Where a template rewrites earlier turns (dropping their reasoning, say), the
+message is rendered with another content instead, and where the two texts differ is the turn. The message's words are
+never searched for.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from sftd.rows import Row
+
+TrainOn = Literal["completion", "all", "last_turn"]
+Span = tuple[int, int]  # [start, end) in characters of the rendered text
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_STAND_IN = "\ue000"  # a private-use character: no content begins or ends with it
+
+# ChatML with Hermes-style tools, for models that bring no template of their own. `{% generation %}` marks what is
+# learned: the assistant's words, its tool calls, and the end of the turn. `eos` follows where `<|im_end|>` is not a
+# token of the model, so that generation stops at something that it knows.
+CHATML = """\
+{%- if tools %}
+{{- '<|im_start|>system\\n' }}
+{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
+{{- 'You may call these functions:\\n<tools>' }}
+{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
+{{- '\\n</tools>\\nA call is a JSON object in <tool_call></tool_call>: {\\"name\\": …, \\"arguments\\": {…}}<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{{- '<|im_start|>assistant\\n' }}
+{%- generation %}
+{{- message.content or '' }}
+{%- for call in message.tool_calls or [] %}
+{{- '\\n' if message.content or not loop.first }}
+{{- '<tool_call>\\n' + ({'name': call.function.name, 'arguments': call.function.arguments} | tojson) + '\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>' }}@EOS@
+{%- endgeneration %}
+{{- '\\n' }}
+{%- elif message.role == 'tool' %}
+{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+{%- elif not (tools and loop.first and message.role == 'system') %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+
+def chatml(*, has_im_end: bool) -> str:
+    """The ChatML template, for a vocabulary with or without `<|im_end|>`."""
+    return CHATML.replace("@EOS@", "" if has_im_end else "{{- eos_token }}")
+
+
+class CannotRender(ValueError):
+    """The template cannot show this row. `field` and the message are for the person who made the file."""
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(message)
+        self.where = where
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text, with the spans that carry the loss, in order and apart."""
+
+    text: str
+    spans: list[Span]
+    add_special_tokens: bool  # raw text: the tokenizer adds what it adds to a document
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template and what it takes to render it."""
+
+    source: str
+    special_tokens: dict[str, str]  # bos_token, eos_token, … as templates know them
+    turn_ends: list[str] = field(default_factory=list)  # special tokens, any of which may end a turn
+
+    @cached_property
+    def has_markers(self) -> bool:
+        """Does the template mark the assistant's words itself?"""
+        return _GENERATION.search(self.source) is not None
+
+    def render(self, row: Row, train_on: TrainOn) -> Rendered:
+        """Text and supervised spans of a row. Raises CannotRender."""
+        if row.messages is None:
+            assert row.text is not None
+            return Rendered(row.text, [(0, len(row.text))], add_special_tokens=True)
+        text, turns = self._turns(row)
+        self._check_tools(row, text)
+        if train_on == "all":
+            return Rendered(text, [(0, len(text))], add_special_tokens=False)
+        learned = [turn for turn, weight in zip(turns, row.weights, strict=True) if turn and weight]
+        if train_on == "last_turn":
+            learned = learned[-1:]
+        return Rendered(text, _merge(learned), add_special_tokens=False)
+
+    def _turns(self, row: Row) -> tuple[str, list[Span | None]]:
+        """The text, and for every message the span that an assistant turn takes in it (None for other roles)."""
+        assert row.messages is not None
+        roles = [message["role"] for message in row.messages]
+        if self.has_markers:
+            text, marked = self._render_marked(row.messages, row.tools)
+            turns: list[Span | None] = [None] * len(roles)
+            speaking = [i for i, role in enumerate(roles) if role == "assistant"]
+            if len(marked) != len(speaking):
+                raise CannotRender(
+                    "messages",
+                    f"the chat template marks {len(marked)} spans as generated for {len(speaking)} assistant "
+                    "messages; use train_on: all, or a template that marks each assistant message once",
+                )
+            for i, span in zip(speaking, marked, strict=True):
+                turns[i] = span
+            return text, turns
+        text = self._render(row.messages, row.tools)
+        return text, [
+            self._turn(row.messages, row.tools, i, text) if role == "assistant" else None
+            for i, role in enumerate(roles)
+        ]
+
+    def _turn(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, i: int, text: str
+    ) -> Span:
+        """Where assistant message i stands in `text`, by rendering what comes before it and with it."""
+        before = self._try_render(messages[:i], tools, add_generation_prompt=True)
+        with_turn = self._try_render(messages[: i + 1], tools)
+        if (
+            before is not None
+            and with_turn is not None
+            and text.startswith(with_turn)
+            and with_turn.startswith(before)
+        ):
+            return len(before), self._without_separator(text, len(before), len(with_turn))
+        return self._turn_by_contrast(messages, tools, i, text)
+
+    def _without_separator(self, text: str, start: int, end: int) -> int:
+        """White space after the token that ends a turn separates turns: nobody generates it."""
+        trimmed = start + len(text[start:end].rstrip())
+        if any(text.endswith(token, start, trimmed) for token in self.turn_ends):
+            return trimmed
+        return end
+
+    def _turn_by_contrast(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, i: int, text: str
+    ) -> Span:
+        """Where the text changes when message i says something else, and the token that ends the turn behind it."""
+        other = [*messages[:i], {"role": "assistant", "content": _STAND_IN}, *messages[i + 1 :]]
+        contrast = self._render(other, tools)
+        at = contrast.find(_STAND_IN)
+        if at < 0 or text[:at] != contrast[:at]:
+            raise CannotRender(
+                f"messages[{i}]",
+                "the chat template does not show where this assistant message stands in the conversation; use "
+                "train_on: last_turn, or a template with {% generation %} markers",
+            )
+        rest = contrast[at + len(_STAND_IN) :]
+        end = len(text) - len(rest)
+        if end < at or text[end:] != rest:
+            raise CannotRender(
+                f"messages[{i}]",
+                "the chat template lets this assistant message change other parts of the conversation; use "
+                "train_on: last_turn, or a template with {% generation %} markers",
+            )
+        closing = max((token for token in self.turn_ends if text.startswith(token, end)), key=len, default="")
+        return at, end + len(closing)
+
+    def _check_tools(self, row: Row, text: str) -> None:
+        """A template that leaves tools out would teach calls out of the blue: say so instead."""
+        assert row.messages is not None
+        for i, message in enumerate(row.messages):
+            if "tool_calls" not in message:
+                continue
+            without = {key: value for key, value in message.items() if key != "tool_calls"}
+            if self._try_render([*row.messages[:i], without, *row.messages[i + 1 :]], row.tools) == text:
+                raise CannotRender(
+                    f"messages[{i}].tool_calls",
+                    "the model's chat template does not show tool calls; choose a model whose template does",
+                )
+        if row.tools and self._try_render(row.messages, None) == text:
+            raise CannotRender(
+                "tools",
+                "the model's chat template does not show tools; choose a model whose template does, or remove them",
+            )
+
+    def _try_render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str | None:
+        """A part of a conversation; None where the template insists on a whole one."""
+        try:
+            return self._render(messages, tools, add_generation_prompt=add_generation_prompt)
+        except CannotRender:
+            return None
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        texts, _ = self._call(messages, tools, add_generation_prompt=add_generation_prompt)
+        return str(texts[0])
+
+    def _render_marked(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> tuple[str, list[Span]]:
+        texts, indices = self._call(messages, tools, return_assistant_tokens_mask=True)
+        return str(texts[0]), [(int(start), int(end)) for start, end in indices[0]]
+
+    def _call(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **options: bool
+    ) -> tuple[list[str], list[list[Span]]]:
+        try:
+            result: tuple[list[str], list[list[Span]]] = render_jinja_template(
+                [messages], tools=tools, chat_template=self.source, **options, **self.special_tokens
+            )
+            return result
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise CannotRender("messages", f"the model's chat template refuses this row: {error}") from error
+
+
+def _merge(spans: Sequence[Span]) -> list[Span]:
+    """Sort spans and drop empty ones; spans of different turns never overlap."""
+    return sorted(span for span in spans if span[1] > span[0])

@@ -1,0 +1,452 @@
+"""The run, from top to bottom: spec, device, model, data, optimiser, resume, loop, export.
+
+    python -m sftd_worker.trainer WORKDIR        # WORKDIR/job.json says what to do
+
+The loss of a step is the sum over its supervised tokens divided by their number, over micro-batches and ranks.
+Which rows a step sees, the learning rate and the random numbers of dropout are functions of (seed, step, rank): a run
+that is killed and resumed sees the same ones, and there is nothing to restore but weights, optimizer and counters.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from sftd.protocol import TrainerJob
+from sftd.schemas import FailureReason, ManifestFile
+from sftd_worker.trainer.batching import Plan, collate, lay_out, make_plan, share_of_rank
+from sftd_worker.trainer.checkpoint import RunState, load_checkpoint, require_whole, save_checkpoint
+from sftd_worker.trainer.data import (
+    Tokenizing,
+    TokenRows,
+    choose_rows,
+    show_mask,
+    split_by_hash,
+    tokenize_file,
+)
+from sftd_worker.trainer.errors import RunFailed
+from sftd_worker.trainer.evaluation import evaluate
+from sftd_worker.trainer.events import Events
+from sftd_worker.trainer.export import export
+from sftd_worker.trainer.loss import loss_sum
+from sftd_worker.trainer.memory import estimate_bytes, is_out_of_memory, release_memory
+from sftd_worker.trainer.model import Model, choose_precision, load_model, load_tokenizer
+from sftd_worker.trainer.optim import learning_rate, make_optimizer, set_learning_rate, warmup_steps
+from sftd_worker.trainer.signals import Signals
+from sftd_worker.trainer.tracking import start_tracker
+from sftd_worker.trainer.world import World, any_rank, barrier, sum_gradients, sum_over_ranks
+
+
+class Stopped(Exception):
+    """The run obeyed a signal between two steps."""
+
+
+def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) -> dict[str, ManifestFile]:
+    """Do the whole run. Returns the files of results/. Raises RunFailed or Stopped."""
+    spec = job.spec
+    output = Path(job.output_dir)
+    resume_from = Path(job.resume_from) if job.resume_from else None
+    if resume_from is not None:
+        require_whole(resume_from, spec)
+
+    # ---- device
+    torch.manual_seed(spec.seed)
+    precision = choose_precision(spec, world.device)
+    torch.backends.cuda.matmul.allow_tf32 = precision.name == "bf16"  # fp32 means fp32
+    events.log(
+        f"{spec.method} on {_device_name(world)}, {world.size} process(es), {precision.name}: {precision.reason}"
+    )
+
+    # ---- model
+    tokenizer, template, own_template = load_tokenizer(job)
+    model = load_model(job, device=world.device, precision=precision, resume_from=resume_from)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    if not own_template:
+        events.log("the model brings no chat template: ChatML is used, and saved with the result")
+    packing = spec.packing and model.end_to_end
+    if spec.packing and not packing:
+        events.notice(f"packing is off for this model: {model.padded_because}; rows are padded instead")
+
+    # ---- data: rank 0 makes the tokens, the others read them
+    how = Tokenizing(tokenizer, template, spec.train_on)
+    if world.is_main:
+        train_rows, eval_rows = _load_rows(job, how)
+    barrier(world)
+    if not world.is_main:
+        train_rows, eval_rows = _load_rows(job, how)
+    plan = make_plan(
+        num_rows=len(train_rows),
+        rows_per_step=spec.batch_size * spec.gradient_accumulation_steps * world.size,
+        max_steps=spec.max_steps,
+        num_epochs=spec.num_epochs,
+        seed=spec.seed,
+    )
+
+    # ---- optimiser
+    optimizer = make_optimizer(spec, model.net.named_parameters(), world.device)
+    parameters = model.trainable()
+
+    # ---- resume
+    state = RunState()
+    if resume_from is not None:
+        state = load_checkpoint(resume_from, model=model, optimizer=optimizer)
+        events.log(f"resumed from {resume_from.name}: {state.step} of {plan.total_steps} steps are done")
+    _describe(job, model, train_rows, eval_rows, plan, state, world, events, tokenizer, resume_from)
+    tracker = start_tracker(
+        spec.wandb if world.is_main else None,
+        events=events,
+        folder=output / "logs",
+        run_id=job.wandb_run_id,
+        run_name=spec.name,
+        config=spec.model_dump(mode="json"),
+    )
+
+    # ---- loop: evaluate, save, stop?, step, log
+    budget = _Budget(spec.batch_size, spec.batch_size * spec.max_seq_length)
+    eval_budget = budget
+    saved_at = state.step if resume_from is not None else -1
+    checkpoints = output / "checkpoints"
+    failed = True
+    model.net.train()
+    try:
+        while True:
+            step = state.step
+            last = step >= plan.total_steps
+
+            if eval_rows is not None and (last or step % spec.eval_steps == 0) and state.evaluated_at != step:
+                result = evaluate(
+                    model,
+                    eval_rows,
+                    world=world,
+                    max_tokens=eval_budget.max_tokens,
+                    batch_size=eval_budget.batch_size,
+                    pad_id=pad_id,
+                    events=events,
+                )
+                state.evaluated_at = step
+                state.metrics["eval_loss"] = result.eval_loss
+                state.evaluations.append({"step": step, "epoch": plan.epoch_at(step), **asdict(result)})
+                said = (
+                    f"step {step}: evaluation loss {result.eval_loss:.4f}, perplexity {result.perplexity:.4g}, "
+                    f"token accuracy {result.token_accuracy:.1%} over {result.num_tokens:,} tokens"
+                )
+                values = {
+                    "eval_loss": result.eval_loss,
+                    "eval_perplexity": result.perplexity,
+                    "eval_token_accuracy": result.token_accuracy,
+                }
+                events.log(said)
+                events.step(step, values)
+                events.evaluation(said, {"step": step, **asdict(result)})
+                tracker.log(values, step=step)
+                if world.is_main:
+                    _write_evaluations(output, state)
+
+            stop, save_and_stop = any_rank(world, signals.stop, signals.save_and_stop)
+            due = step > 0 and (last or step % spec.save_steps == 0)
+            if (due or (save_and_stop and not stop and step > 0)) and saved_at != step:
+                if world.is_main:
+                    line = save_checkpoint(
+                        checkpoints,
+                        model=model,
+                        tokenizer=tokenizer,
+                        optimizer=optimizer,
+                        state=state,
+                        spec=spec,
+                        attempt=job.attempt,
+                        at=time.time(),
+                        world_size=world.size,
+                    )
+                    events.log(f"step {step}: checkpoint {line.name}")
+                    events.checkpoint(line)
+                barrier(world)
+                saved_at = step
+
+            if last:
+                break
+            if stop or save_and_stop:
+                raise Stopped(
+                    f"stopped after step {step}" + ("" if stop else ", with a checkpoint" * (step > 0))
+                )
+
+            # ------------------------------------------------------------------ step
+            started = time.perf_counter()
+            rows = plan.rows_of_step(step)
+            lengths = [int(train_rows.lengths[i]) for i in rows]
+            num_supervised = int(train_rows.num_supervised[rows].sum())
+            mine = [rows[i] for i in share_of_rank(lengths, rank=world.rank, world_size=world.size)]
+
+            local_loss, budget = _accumulate(
+                model,
+                train_rows,
+                mine,
+                num_supervised,
+                budget,
+                packing,
+                pad_id,
+                spec.seed,
+                step,
+                world,
+                events,
+            )
+            (loss,) = sum_over_ranks(world, [local_loss])
+            if not math.isfinite(loss):
+                raise _diverged(f"the loss of step {step + 1} is {loss}", saved_at)
+            sum_gradients(world, parameters)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm or math.inf))
+            if not math.isfinite(norm):
+                raise _diverged(f"the gradient of step {step + 1} has the norm {norm}", saved_at)
+            rate = learning_rate(spec, step, plan.total_steps)
+            set_learning_rate(optimizer, rate)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            # ------------------------------------------------------------------
+
+            seconds = time.perf_counter() - started
+            state.step = step + 1
+            state.tokens_seen += sum(lengths)
+            state.metrics["loss"] = loss
+            if state.step % spec.logging_steps == 0 or state.step == plan.total_steps:
+                values = {
+                    "loss": loss,
+                    "learning_rate": rate,
+                    "grad_norm": norm,
+                    "epoch": plan.epoch_at(state.step),
+                    "tokens": float(sum(lengths)),
+                    "supervised_tokens": float(num_supervised),
+                    "tokens_seen": float(state.tokens_seen),
+                    "tokens_per_second": sum(lengths) / seconds,
+                    "seconds": seconds,
+                }
+                events.step(state.step, values)
+                events.log(
+                    f"step {state.step}/{plan.total_steps}: loss {loss:.4f}, learning rate {rate:.3g}, "
+                    f"gradient norm {norm:.3g}, {values['tokens_per_second']:,.0f} tokens/s"
+                )
+                tracker.log(values, step=state.step)
+            if state.step in (3, plan.total_steps // 10):
+                left = seconds * (plan.total_steps - state.step)
+                events.log(f"about {_duration(left)} left, without evaluations and checkpoints")
+
+        # ---- export
+        files: dict[str, ManifestFile] = {}
+        if world.is_main:
+            files = export(output, model=model, tokenizer=tokenizer, job=job, state=state)
+            events.log(f"done: {plan.total_steps} steps, result in {output / 'results'}")
+        barrier(world)
+        failed = False
+        return files
+    except Stopped:
+        failed = False
+        raise
+    finally:
+        tracker.finish(failed=failed)
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """How much goes through the model at once."""
+
+    batch_size: int
+    max_tokens: int
+
+    def halved(self) -> "_Budget":
+        return _Budget(max(1, self.batch_size // 2), max(1, self.max_tokens // 2))
+
+
+def _accumulate(
+    model: Model,
+    train_rows: TokenRows,
+    mine: list[int],
+    num_supervised: int,
+    budget: _Budget,
+    packing: bool,
+    pad_id: int,
+    seed: int,
+    step: int,
+    world: World,
+    events: Events,
+) -> tuple[float, _Budget]:
+    """Forward and backward over this rank's rows of a step. Leaves the gradient of the step's mean loss in `.grad`.
+
+    Returns this rank's share of the mean loss and the budget to go on with. When memory runs out anywhere, all ranks
+    do the step again with micro-batches of half the size: more of them, the same step.
+    """
+    lengths = [int(train_rows.lengths[i]) for i in mine]
+    while True:
+        torch.manual_seed(_seed_of(seed, step, world.rank))  # dropout, on CPU and GPU
+        layout = lay_out(lengths, batch_size=budget.batch_size, max_tokens=budget.max_tokens, packing=packing)
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        full = False
+        try:
+            for group in layout:
+                batch = collate(
+                    [train_rows.row(mine[i]) for i in group],
+                    device=world.device,
+                    padded=not model.end_to_end,
+                    pad_id=pad_id,
+                )
+                with model.autocast():
+                    loss = loss_sum(
+                        model.head, model.hidden(batch), batch.targets, vocab_size=model.vocab_size
+                    )
+                    loss = loss / num_supervised
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+                total += loss.detach().double()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            full = True
+        alone = all(len(group) == 1 for group in layout)
+        full_somewhere, stuck = any_rank(world, full, full and alone)
+        if not full_somewhere:
+            return float(total), budget
+        for parameter in model.trainable():
+            parameter.grad = None
+        release_memory()
+        if stuck:
+            raise RunFailed(
+                FailureReason.OUT_OF_MEMORY,
+                f"step {step + 1}: not even one row of {max(lengths)} tokens fits into memory",
+            )
+        budget = budget.halved()
+        events.notice(
+            f"step {step + 1}: out of memory; the same step again in micro-batches of half the size "
+            f"({budget.max_tokens} tokens)",
+            {"batch_size": budget.batch_size, "max_tokens": budget.max_tokens},
+        )
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    """Random numbers of a step depend on nothing that came before it."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _load_rows(job: TrainerJob, how: Tokenizing) -> tuple[TokenRows, TokenRows | None]:
+    """(training rows, validation rows or None)."""
+    spec, cache = job.spec, Path(job.cache_dir)
+    limits: dict[str, Any] = {
+        "max_seq_length": spec.max_seq_length,
+        "on_overlong": spec.on_overlong,
+        "skip_test_translation": job.skip_test_translation,
+    }
+    table = tokenize_file(Path(job.training_path), name=job.training_name, how=how, cache_dir=cache)
+    if spec.validation_split is not None:
+        training, validation = split_by_hash(table, spec.validation_split)
+        name = job.training_name
+        return (
+            choose_rows(table, name=name, keep=training, **limits),
+            choose_rows(table, name=name, keep=validation, **limits),
+        )
+    rows = choose_rows(table, name=job.training_name, **limits)
+    if job.validation_path is None:
+        return rows, None
+    name = job.validation_name or Path(job.validation_path).name
+    held_out = tokenize_file(Path(job.validation_path), name=name, how=how, cache_dir=cache)
+    return rows, choose_rows(held_out, name=name, **limits)
+
+
+def _describe(
+    job: TrainerJob,
+    model: Model,
+    train_rows: TokenRows,
+    eval_rows: TokenRows | None,
+    plan: Plan,
+    state: RunState,
+    world: World,
+    events: Events,
+    tokenizer: Any,
+    resume_from: Path | None,
+) -> None:
+    """Say every number that the spec implied, once, and write config.yaml."""
+    spec = job.spec
+    warm = warmup_steps(spec, plan.total_steps)
+    config = model.causal.config.get_text_config()
+    memory = estimate_bytes(spec, list(model.net.parameters()), config.hidden_size, config.num_hidden_layers)
+    mean_length = float(train_rows.lengths.mean())
+    derived: dict[str, Any] = {
+        "start_step": state.step if resume_from is not None else -1,
+        "total_steps": plan.total_steps,
+        "resumed_from": resume_from.name if resume_from is not None else None,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "num_epochs": round(plan.epoch_at(plan.total_steps), 4),
+        "rows_per_step": plan.rows_per_step,
+        "tokens_per_step": round(mean_length * min(plan.rows_per_step, plan.num_rows)),
+        "num_rows": len(train_rows),
+        "num_eval_rows": 0 if eval_rows is None else len(eval_rows),
+        "left_out": train_rows.left_out,
+        "eval_left_out": {} if eval_rows is None else eval_rows.left_out,
+        "supervised_share": round(float(train_rows.num_supervised.sum() / train_rows.lengths.sum()), 4),
+        "trainable_parameters": sum(p.numel() for p in model.trainable()),
+        "parameters": sum(p.numel() for p in model.net.parameters()),
+        "precision": model.precision.name,
+        "precision_reason": model.precision.reason,
+        "packing": spec.packing and model.end_to_end,
+        "warmup_steps": warm,
+        "memory_bytes": memory,
+    }
+    events.run(f"{plan.total_steps} steps over {len(train_rows)} rows", derived)
+    events.log(
+        f"{len(train_rows):,} rows to train on, {derived['num_eval_rows']:,} to evaluate on; "
+        f"left out: {', '.join(f'{n} {why}' for why, n in train_rows.left_out.items()) or 'none'}"
+    )
+    events.log(
+        f"{plan.total_steps:,} steps of {plan.rows_per_step} rows (about {derived['tokens_per_step']:,} tokens, "
+        f"{derived['supervised_share']:.0%} of them supervised), {plan.steps_per_epoch:,} steps an epoch, "
+        f"{derived['num_epochs']:g} epochs"
+    )
+    events.log(
+        f"{derived['trainable_parameters']:,} of {derived['parameters']:,} parameters are trained; memory about "
+        f"{sum(memory.values()) / 2**30:.2f} GiB (weights {memory['weights'] / 2**30:.2f}, gradients "
+        f"{memory['gradients'] / 2**30:.2f}, optimizer {memory['optimizer'] / 2**30:.2f}, a micro-batch up to "
+        f"{memory['activations'] / 2**30:.2f})"
+    )
+    if warm >= plan.total_steps and spec.learning_rate:
+        events.notice(
+            f"the warm-up ({warm} steps) is as long as the run ({plan.total_steps}): learning_rate is never reached; "
+            "lower warmup_steps"
+        )
+    for text in show_mask(train_rows, tokenizer):
+        events.log(f"first row, ⟦what is learned⟧: {text}")
+    if world.is_main:
+        _write_config(Path(job.output_dir), job, derived)
+
+
+def _write_config(output: Path, job: TrainerJob, derived: dict[str, Any]) -> None:
+    body = {**job.spec.model_dump(mode="json"), "derived": derived}
+    _replace(output / "config.yaml", yaml.safe_dump(body, sort_keys=False, allow_unicode=True))
+
+
+def _write_evaluations(output: Path, state: RunState) -> None:
+    _replace(output / "logs" / "eval_results.json", json.dumps(state.evaluations, indent=1))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, never half of it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.rename(path)
+
+
+def _diverged(what: str, saved_at: int) -> RunFailed:
+    kept = f"checkpoint-{saved_at} is kept" if saved_at > 0 else "there is no checkpoint yet"
+    return RunFailed(FailureReason.DIVERGED, f"{what}; {kept}")
+
+
+def _device_name(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
