@@ -143,13 +143,13 @@ def asked_world() -> int | None:
     accelerate 1.15 starts ONE process for `launch --num_processes=2` on a machine without GPUs, and says nothing. It
     leaves two traces: MASTER_PORT without WORLD_SIZE in the environment, and its own command line.
     """
-    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        return None
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        # On a CPU accelerate would turn it into DDP without a word.
         raise UsageError(
             "accelerate was configured for FSDP, which this version does not have; use a plain config"
         )
-    if "MASTER_PORT" not in os.environ:
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not by_accelerate or "WORLD_SIZE" in os.environ or "MASTER_PORT" not in os.environ:
         return None
     number = _num_processes(_command_line_of(os.getppid()))
     if number is None:

@@ -1,0 +1,205 @@
+"""Killed anywhere and started again, a run is the uninterrupted run, bit for bit. The real trainer process is killed."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.trainer.harness import Finished, finish_trainer, start_trainer
+
+from sftd.protocol import TrainerJob
+from sftd_worker.trainer.checkpoint import newest_checkpoint, require_whole, verify
+from sftd_worker.trainer.errors import RunFailed
+from sftd_worker.trainer.run import run
+from sftd_worker.trainer.signals import Signals
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full", "learning_rate": 1e-3},
+    "lora with dropout": {"method": "lora", "lora": {"rank": 4, "dropout": 0.2}},
+    "qlora": {"method": "qlora", "precision": "auto"},
+    "8-bit optimizer": {"method": "full", "learning_rate": 1e-3, "optimizer": "adamw_8bit"},
+}
+COMMON = {"max_steps": 12, "save_steps": 3, "eval_steps": 4, "validation_split": 0.1, "batch_size": 8}
+
+
+def weights(run: Finished) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.name}/{name}": value
+        for path in sorted((run.folder / "results").glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+
+
+def assert_identical(one: Finished, other: Finished) -> None:
+    for name in ("loss", "learning_rate", "grad_norm", "eval_loss", "tokens_seen"):
+        assert one.values(name) == other.values(name), name
+    assert one.evaluations() == other.evaluations()
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def wait_for(process: Any, ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def steps_done(folder: Path) -> int:
+    path = folder / "logs" / "events.jsonl"
+    return path.read_text().count('"seconds"') if path.exists() else 0
+
+
+def resumed(job: TrainerJob) -> TrainerJob:
+    newest = newest_checkpoint(Path(job.output_dir) / "checkpoints", job.spec)
+    return job.model_copy(update={"attempt": job.attempt + 1, "resume_from": str(newest) if newest else None})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_stopped_at_a_checkpoint_goes_on_bit_identically(
+    variant: str, make_job: Callable[..., TrainerJob]
+) -> None:
+    """In one process, for every method: the loop is left after a checkpoint and entered again from it."""
+    whole = make_job("whole", **COMMON, **VARIANTS[variant])
+    assert run(whole, signals=Signals()).outcome == "succeeded"
+    job = make_job("cut", **COMMON, **VARIANTS[variant])
+    for attempt in range(1, 6):
+        signals = Signals()
+        signals.save_and_stop = attempt < 5  # the first attempts save before their first step and stop
+        if attempt > 1:
+            job = resumed(job)
+        outcome = run_some_steps(job, signals, steps=3)
+    assert outcome == "succeeded"
+
+    assert_identical(
+        Finished(None, Path(whole.output_dir)),
+        Finished(None, Path(job.output_dir)),
+    )
+
+
+def run_some_steps(job: TrainerJob, signals: Signals, *, steps: int) -> str:
+    """Run, and ask to save and stop once `steps` more steps are done."""
+    from sftd_worker.trainer import train as train_module
+
+    wanted = signals.save_and_stop
+    signals.save_and_stop = False
+    real, left = train_module._accumulate, steps
+
+    def counting(*args: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        signals.save_and_stop = wanted and left <= 0
+        return real(*args, **options)
+
+    train_module._accumulate = counting
+    try:
+        return run(job, signals=signals).outcome
+    finally:
+        train_module._accumulate = real
+
+
+@pytest.mark.parametrize("kill_at", [1, 4, 8])
+def test_kill_9_in_the_middle_then_resume(kill_at: int, make_job: Callable[..., TrainerJob]) -> None:
+    fields = {**COMMON, **VARIANTS["lora with dropout"]}
+    whole, job = make_job("whole", **fields), make_job("killed", **fields)
+    reference = start_trainer(whole)
+    process = start_trainer(job)
+    wait_for(process, lambda: steps_done(Path(job.output_dir)) >= kill_at)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+    again = resumed(job)
+    finished = finish_trainer(again, start_trainer(again))
+
+    assert finished.returncode == 0, finished.output
+    assert_identical(finish_trainer(whole, reference), finished)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "empty", "no manifest"])
+def test_a_damaged_checkpoint_is_told_from_a_whole_one(
+    damage: str, make_job: Callable[..., TrainerJob]
+) -> None:
+    job = make_job(max_steps=4, save_steps=2)
+    run(job, signals=Signals())
+    checkpoints = Path(job.output_dir) / "checkpoints"
+    newest = checkpoints / "checkpoint-4"
+    victim = newest / ("manifest.json" if damage == "no manifest" else "optimizer.safetensors")
+    data = victim.read_bytes()
+    if damage in ("missing", "no manifest"):
+        victim.unlink()
+    else:
+        broken = {"truncated": data[:-10], "empty": b"", "flipped": data[:-1] + bytes([data[-1] ^ 1])}
+        victim.write_bytes(broken[damage])
+
+    assert verify(newest) is None
+    assert newest_checkpoint(checkpoints, job.spec) == checkpoints / "checkpoint-2"
+    with pytest.raises(RunFailed, match="does not match its manifest"):
+        require_whole(newest, job.spec)
+
+
+def test_a_checkpoint_of_another_spec_is_not_resumed_from(make_job: Callable[..., TrainerJob]) -> None:
+    job = make_job(max_steps=4)
+    run(job, signals=Signals())
+    other = make_job(max_steps=4, learning_rate=3e-3)
+
+    assert newest_checkpoint(Path(job.output_dir) / "checkpoints", other.spec) is None
+
+
+def test_sigterm_stops_between_steps_without_a_new_checkpoint(make_job: Callable[..., TrainerJob]) -> None:
+    job = make_job(max_steps=100_000, save_steps=100_000)
+    process = start_trainer(job)
+    wait_for(process, lambda: steps_done(Path(job.output_dir)) >= 2)
+
+    os.killpg(process.pid, signal.SIGTERM)
+    run = finish_trainer(job, process)
+
+    assert run.returncode == 0
+    assert run.end is not None
+    assert run.end.outcome == "stopped"
+    assert not (run.folder / "checkpoints").exists()
+
+
+def test_sigusr1_saves_a_checkpoint_and_stops(make_job: Callable[..., TrainerJob]) -> None:
+    job = make_job(max_steps=100_000, save_steps=100_000)
+    process = start_trainer(job)
+    wait_for(process, lambda: steps_done(Path(job.output_dir)) >= 2)
+
+    os.killpg(process.pid, signal.SIGUSR1)
+    run = finish_trainer(job, process)
+
+    assert run.returncode == 0
+    assert run.end is not None
+    assert run.end.outcome == "stopped"
+    saved = [line for line in run.lines if line.type == "checkpoint"]
+    assert [line.name for line in saved] == [path.name for path in (run.folder / "checkpoints").iterdir()]
+    assert verify(run.folder / "checkpoints" / saved[0].name)
+
+
+def test_the_trainer_dies_with_its_parent(make_job: Callable[..., TrainerJob], tmp_path: Path) -> None:
+    """However the worker ends, no training goes on unseen."""
+    import subprocess
+    import sys
+
+    job = make_job(max_steps=100_000, save_steps=100_000)
+    folder = Path(job.output_dir)
+    (folder / "job.json").write_text(job.model_dump_json())
+    code = f"import subprocess,sys; subprocess.Popen([sys.executable,'-m','sftd_worker.trainer',{str(folder)!r}]).wait()"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, start_new_session=True)
+    wait_for(parent, lambda: steps_done(folder) >= 1)
+
+    parent.kill()
+    parent.wait()
+
+    before = -1
+    deadline = time.monotonic() + 20
+    while before != steps_done(folder):
+        assert time.monotonic() < deadline
+        before = steps_done(folder)
+        time.sleep(1.0)  # real time: the question is whether anything still happens in it
