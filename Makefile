@@ -1,0 +1,47 @@
+# make demo   the whole way of a job on this machine, nothing downloaded but packages
+# make test   set up and run all tests
+# make check  what CI checks besides: format, lint, types, arrows, migrations, Dockerfiles
+# make bench  measurements, apart from the tests; each prints JSON lines
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: setup demo test check bench containers clean
+
+setup: $(READY)
+
+# torch comes from the lock file with everything else: a plain pip takes the build that fits the machine.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "sftd needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $(READY)
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	folder=$$(mktemp -d) && for command in upgrade check downgrade; do \
+	  $(BIN)/python -m sftd_server.migrations $$command --database-url sqlite:///$$folder/check.db || exit 1; done; \
+	  rm -rf $$folder
+	$(BIN)/hadolint Dockerfile Dockerfile.gpu
+
+bench: setup
+	$(BIN)/python bench/import_time.py
+
+# Builds both images and runs a job through the composed service. Needs root and tens of minutes; not part of CI.
+containers: setup
+	bash tests/containers/run.sh
+
+clean:
+	rm -rf $(VENV) demo-data
