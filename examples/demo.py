@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,7 +105,7 @@ def train(url: str, data: Path, steps: int) -> tuple[str, int]:
         f"base_model: {data / 'models' / 'tiny-q'}\n"
         f"training_file: {DATA_FILE}\n"
         "method: lora\nname: demo\nvalidation_split: 0.1\nmax_seq_length: 512\n"
-        f"max_steps: {steps}\nwarmup_steps: 10\nlearning_rate: 2.0e-2\nlr_scheduler: cosine\n"
+        f"max_steps: {steps}\nwarmup_steps: 10\nlearning_rate: 3.0e-3\nlr_scheduler: cosine\n"
         "batch_size: 8\ngradient_accumulation_steps: 2\nsave_steps: 40\neval_steps: 40\n"
         "gradient_checkpointing: false\nlora: {rank: 32, alpha: 64, dropout: 0.05}\n"
     )
@@ -148,6 +149,8 @@ def answers(model: Path, adapter: Path) -> list[tuple[str, str]]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
     disable_progress_bar()
     set_verbosity_error()

@@ -27,6 +27,7 @@ def build(
     vocab_size: int = 2048,
     hidden_size: int = 128,
     num_layers: int = 2,
+    initializer_range: float = 0.02,
     seed: int = 0,
     template: str | None = None,
     with_template: bool = True,
@@ -46,6 +47,7 @@ def build(
         num_key_value_heads=2,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
+        initializer_range=initializer_range,
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -102,6 +104,7 @@ def main() -> None:
         hidden_size=args.hidden_size,
         num_layers=args.num_layers,
         with_template=not args.without_template,
+        initializer_range=0.1,  # large enough for an adapter to have something to work with
     )
     print(args.folder)
 

@@ -1,10 +1,11 @@
 """What this client raises. Catch `SftdError` for all of it.
 
 SftdError
-├── ConnectionFailed        no answer, or none in time
+├── ConnectionFailed        no answer, none in time, or one that is not ours
 ├── ConfigurationError      no key, no address, an unreadable spec file
-├── JobFailed               a job that was waited for failed or was cancelled
-└── ApiError                the server answered with an error; .status .code .param .request_id
+├── JobFailed               a job that was waited for failed or was cancelled; .job
+├── WaitTimeout             a job that was waited for is still going
+└── ApiError                the server answered with an error; .status .code .param .request_id .retry_after_seconds
     ├── AuthenticationError 401
     ├── PermissionDenied    403
     ├── NotFound            404
@@ -16,13 +17,22 @@ SftdError
     └── ServerError         5xx
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sftd.schemas import Job
+
 
 class SftdError(Exception):
     """Base of everything raised here."""
 
 
 class ConnectionFailed(SftdError):
-    """The server could not be reached, or did not answer in time."""
+    """The server could not be reached, did not answer in time, or something else answered in its place."""
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused  # nothing listens at the address: no server is running there
 
 
 class ConfigurationError(SftdError):
@@ -32,18 +42,34 @@ class ConfigurationError(SftdError):
 class JobFailed(SftdError):
     """A job that was waited for ended otherwise than in `succeeded`."""
 
+    def __init__(self, message: str, *, job: "Job") -> None:
+        super().__init__(message)
+        self.job = job
+
+
+class WaitTimeout(SftdError, TimeoutError):
+    """The time given to wait for a job is over; the job goes on."""
+
 
 class ApiError(SftdError):
     """The server answered with an error."""
 
     def __init__(
-        self, message: str, *, status: int, code: str, param: str | None = None, request_id: str | None = None
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str,
+        param: str | None = None,
+        request_id: str | None = None,
+        retry_after_seconds: float | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
         self.request_id = request_id
+        self.retry_after_seconds = retry_after_seconds
 
 
 class AuthenticationError(ApiError):

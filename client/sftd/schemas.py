@@ -160,9 +160,10 @@ class LogLine(Answer):
 
 
 class MetricPoint(Answer):
-    """The metrics of one optimizer step."""
+    """The metrics of one optimizer step: `point.loss`, `point.learning_rate`, …"""
 
     model_config = ConfigDict(extra="allow", ser_json_inf_nan="strings")
+    __pydantic_extra__: dict[str, float] = Field(init=False)  # NaN and infinities come as strings
     step: int
 
 

@@ -1,0 +1,398 @@
+"""The `sftd` command: a box on this machine, and jobs on any.
+
+Exit codes: 0 done; 1 the job failed or was cancelled; 2 a mistake in the call or a refusal; 3 no answer.
+Results go to stdout, everything else to stderr.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sftd import __version__, up
+from sftd.client import Client
+from sftd.errors import (
+    ConfigurationError,
+    ConnectionFailed,
+    JobFailed,
+    ServerError,
+    SftdError,
+    Throttled,
+    WaitTimeout,
+)
+from sftd.output import (
+    facts,
+    number,
+    pairs,
+    print_csv,
+    print_json,
+    print_table,
+    printable,
+    printable_lines,
+    say,
+    steps,
+    when,
+)
+from sftd.rows import RowsInvalid, check_file
+from sftd.schemas import Event, Job
+from sftd.specfile import read_spec, set_field, upload_files
+from sftd.watch import watch
+
+app = typer.Typer(
+    help="sftd: fine-tuning on your own GPU box.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+keys = typer.Typer(help="Access keys (administrators only).", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of the job.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over.")]
+
+METRIC_COLUMNS = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; a failure is one clear line and an exit code."""
+    try:
+        app(args=None if argv is None else list(argv))
+    except SftdError as error:
+        print(f"sftd: {printable_lines(str(error))}", file=sys.stderr)
+        sys.exit(exit_code(error))
+
+
+def exit_code(error: SftdError) -> int:
+    """What a command ends with after an error."""
+    if isinstance(error, JobFailed | WaitTimeout):
+        return 1
+    return 3 if isinstance(error, ConnectionFailed | ServerError | Throttled) else 2
+
+
+# ---------------------------------------------------------------- the box
+
+
+@app.command("up")
+def start_box(
+    data: Annotated[Path, typer.Option(help="Data folder: jobs, files, keys, database.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the server.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    models: Annotated[
+        Path | None, typer.Option(help="Folder with base models. Default: DATA/models.")
+    ] = None,
+    worker: Annotated[bool, typer.Option("--worker/--no-worker", help="Also start a worker here.")] = True,
+) -> None:
+    """Start a server and a worker on this machine; Ctrl-C stops both, saving the running job."""
+    box = up.Box(
+        data=data.expanduser().absolute(),
+        host=host,
+        port=port,
+        models=models.expanduser().absolute() if models else None,
+        worker=worker,
+    )
+    raise typer.Exit(up.run(box, say=lambda text: print(text, flush=True)))
+
+
+# ---------------------------------------------------------------- data and jobs
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(help="Data file, JSONL or a JSON array.")]) -> None:
+    """Check a data file on this machine, as the server will at upload."""
+    try:
+        summary = check_file(file, name=file.name)
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be read: {error.strerror}.") from error
+    except RowsInvalid as error:
+        print(printable_lines(str(error)), file=sys.stderr)
+        raise typer.Exit(2) from error
+    print(f"{file}: {summary.num_rows:,} rows, format {summary.format}, no mistakes")
+
+
+@app.command()
+def upload(
+    file: Annotated[Path, typer.Argument(help="Data file, JSONL or a JSON array.")],
+    purpose: Annotated[str, typer.Option(help="What it is for.")] = "fine-tune",
+) -> None:
+    """Upload a data file and print its id."""
+    with Client() as client:
+        print(_upload(client, file, purpose=purpose))
+
+
+@app.command()
+def submit(
+    spec: Annotated[
+        Path, typer.Argument(metavar="SPEC.yaml", help="The job spec; docs/job-spec.md lists the fields.")
+    ],
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field; may be repeated.")
+    ] = None,
+    follow: Follow = False,
+) -> None:
+    """Post a job and print its id. Data files that lie here are uploaded first."""
+    fields = read_spec(spec)
+    for assignment in assignments or []:
+        set_field(fields, assignment)
+    with Client() as client:
+        upload_files(fields, folder=spec.parent, upload=lambda path: _upload(client, path))
+        job = client.jobs.create(spec=fields)
+        print(job.id, flush=True)
+        if follow:
+            _watch(client, job.id, logs=True)
+
+
+@app.command("ls")
+def list_jobs(
+    state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first."""
+    with Client() as client:
+        jobs = list(client.jobs.list(state=state, limit=limit))
+    if as_json:
+        print_json(jobs)
+        return
+    rows = [
+        (
+            job.id,
+            job.name or "",
+            str(job.state),
+            steps(job),
+            number(job.loss),
+            job.base_model,
+            when(job.created_at),
+        )
+        for job in jobs
+    ]
+    print_table(("ID", "NAME", "STATE", "STEP", "LOSS", "BASE MODEL", "CREATED"), rows)
+
+
+@app.command()
+def show(job_id: JobId, as_json: AsJson = False) -> None:
+    """Show one job."""
+    with Client() as client:
+        job = client.jobs.retrieve(job_id)
+    if as_json:
+        print_json(job)
+        return
+    lines = {
+        "id": job.id,
+        "name": job.name,
+        "state": f"{job.state}" + (f", {job.queue_position} in line" if job.queue_position else ""),
+        "base model": f"{job.base_model} ({job.method})",
+        "progress": f"{job.progress:.0%}  {facts(job)}" if job.attempt else None,
+        "owner": job.owner,
+        "created": when(job.created_at),
+        "started": job.started_at and when(job.started_at),
+        "finished": job.finished_at and when(job.finished_at),
+        "attempt": job.attempt or None,
+        "worker": job.worker_id,
+        "folder": job.folder,
+        "metadata": ", ".join(f"{name}={value}" for name, value in job.metadata.items()) or None,
+        "failure": job.failure and f"{job.failure.reason}: {job.failure.message}",
+        "remedy": job.failure and job.failure.remedy,
+    }
+    for name, value in lines.items():
+        if value is not None:
+            print(f"{name:<12}{printable_lines(str(value))}")
+    if job.failure and job.failure.log_tail:
+        print("last lines of the log:")
+        for line in job.failure.log_tail:
+            print(f"  {printable(line)}")
+
+
+@app.command()
+def wait(
+    job_id: JobId,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Give up after so many seconds.")] = None,
+) -> None:
+    """Wait until a job is over, showing how far it is."""
+    with Client() as client:
+        _watch(client, job_id, logs=False, timeout_seconds=timeout)
+
+
+@app.command()
+def cancel(job_id: JobId) -> None:
+    """End a job for good."""
+    with Client() as client:
+        _say_state(client.jobs.cancel(job_id))
+
+
+@app.command()
+def pause(job_id: JobId) -> None:
+    """Save a checkpoint, then stop and free the device."""
+    with Client() as client:
+        _say_state(client.jobs.pause(job_id))
+
+
+@app.command()
+def resume(job_id: JobId) -> None:
+    """Queue a paused job again; it goes on from its newest checkpoint."""
+    with Client() as client:
+        _say_state(client.jobs.resume(job_id))
+
+
+# ---------------------------------------------------------------- what a job tells
+
+
+@app.command()
+def logs(job_id: JobId, follow: Follow = False) -> None:
+    """Print a job's log."""
+    with Client() as client, _leaving(job_id):
+        for line in client.jobs.follow(job_id) if follow else client.jobs.logs(job_id):
+            print(printable(line.text), flush=follow)
+
+
+@app.command()
+def events(job_id: JobId, follow: Follow = False) -> None:
+    """Print what happened to a job."""
+    with Client() as client, _leaving(job_id):
+        for event in client.jobs.follow(job_id, stream="events") if follow else client.jobs.events(job_id):
+            print(_event_line(event), flush=follow)
+
+
+@app.command()
+def metrics(
+    job_id: JobId, as_csv: Annotated[bool, typer.Option("--csv", help="Every metric, as CSV.")] = False
+) -> None:
+    """Print a job's metrics, step by step."""
+    with Client() as client:
+        points = list(client.jobs.metrics(job_id))
+    if as_csv:
+        print_csv(points)
+        return
+    values = [point.model_dump() for point in points]
+    names = [name for name in METRIC_COLUMNS if any(name in row for row in values)] or ["step"]
+    print_table(
+        [name.upper() for name in names], [[number(row.get(name)) for name in names] for row in values]
+    )
+
+
+@app.command()
+def get(
+    job_id: JobId,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write to. Default: the job's id.")
+    ] = None,
+    checkpoint: Annotated[int | None, typer.Option(help="Fetch the checkpoint of this step instead.")] = None,
+) -> None:
+    """Fetch what a job made."""
+    folder = out or Path(job_id)
+    with Client() as client:
+        if checkpoint is None:
+            files = client.jobs.download(job_id, folder)
+        else:
+            files = client.jobs.download_checkpoint(job_id, folder, step=checkpoint)
+    say(f"{len(files)} files in {folder}")
+
+
+# ---------------------------------------------------------------- administration
+
+
+@app.command()
+def workers(as_json: AsJson = False) -> None:
+    """List the workers."""
+    with Client() as client:
+        found = list(client.workers.list())
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (w.id, w.device, str(w.gpus), when(w.seen_at), ", ".join(w.job_ids), pairs(w.labels)) for w in found
+    ]
+    print_table(("ID", "DEVICE", "SLOTS", "SEEN", "JOBS", "LABELS"), rows)
+
+
+@keys.command("add")
+def add_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    role: Annotated[str, typer.Option(help="user, admin or worker.")] = "user",
+    expires_in_days: Annotated[float | None, typer.Option(min=0.01, help="How long it is good for.")] = None,
+) -> None:
+    """Make a key and print its secret, which is shown this once."""
+    if role not in ("user", "admin", "worker"):
+        raise ConfigurationError(f"--role {role}: it is user, admin or worker.")
+    seconds = None if expires_in_days is None else round(expires_in_days * 86400)
+    with Client() as client:
+        key = client.keys.create(name=name, role=role, expires_in_seconds=seconds)  # type: ignore[arg-type]  # checked above
+    print(key.secret)
+    say(f"{key.id} for {key.name}, role {key.role}; keep the secret, it is not shown again.")
+
+
+@keys.command("ls")
+def list_keys() -> None:
+    """List the keys, without their secrets."""
+    with Client() as client:
+        rows = [
+            (
+                key.id,
+                key.name,
+                key.role,
+                when(key.created_at),
+                when(key.expires_at) if key.expires_at else "never",
+            )
+            for key in client.keys.list()
+        ]
+    print_table(("ID", "NAME", "ROLE", "CREATED", "EXPIRES"), rows)
+
+
+@keys.command("rm")
+def remove_key(key_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the key.")]) -> None:
+    """Withdraw a key."""
+    with Client() as client:
+        client.keys.delete(key_id)
+    say(f"{key_id} is withdrawn")
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"sftd {__version__}")
+        raise typer.Exit
+
+
+# ---------------------------------------------------------------- between commands
+
+
+@contextmanager
+def _leaving(job_id: str) -> Iterator[None]:
+    """Ctrl-C ends the watching, not the job."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"{job_id} goes on; end it with: sftd cancel {job_id}")
+        raise typer.Exit(130) from None
+
+
+def _watch(client: Client, job_id: str, *, logs: bool, timeout_seconds: float | None = None) -> None:
+    with _leaving(job_id):
+        watch(client, job_id, console=Console(), logs=logs, timeout_seconds=timeout_seconds)
+
+
+def _upload(client: Client, path: Path, *, purpose: str = "fine-tune") -> str:
+    file = client.files.upload(path, purpose=purpose)
+    rows = f", {file.num_rows:,} rows" if file.num_rows is not None else ""
+    say(f"{path} uploaded as {file.id}{rows}")
+    return file.id
+
+
+def _say_state(job: Job) -> None:
+    asked = {"cancel": "to be cancelled", "pause": "to be paused"}.get(str(job.want))
+    waiting = f", {asked}" if asked and job.state.leased else ""
+    print(f"{job.id} is {job.state}{waiting}")
+
+
+def _event_line(event: Event) -> str:
+    return printable(f"{when(event.created_at)}  {event.type:<18}  {event.message}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The Python client: `Client().jobs`, `.files`, `.keys`, `.workers`.
+
+from sftd import Client
+
+client = Client()
+data = client.files.upload("rows.jsonl")
+job = client.jobs.create(base_model="Qwen/Qwen2.5-7B-Instruct", training_file=data.id)
+client.jobs.wait(job.id)
+client.jobs.download(job.id, "result")
+"""
+
+from collections.abc import Iterator
+from typing import Literal, Self
+from urllib.parse import quote
+
+from sftd._transport import Transport
+from sftd.discovery import find_address
+from sftd.files import Files
+from sftd.jobs import Jobs
+from sftd.paging import pages
+from sftd.schemas import Key, KeyRequest, NewKey, Worker
+
+
+class Client:
+    """Calls to one sftd server. Address and key are found as `sftd.discovery` tells; it may be used as a context."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        key: str | None = None,
+        *,
+        timeout: float = 30.0,
+        max_retries: int = 2,
+        transport: Transport | None = None,
+    ) -> None:
+        if transport is None:
+            address = find_address(url, key)
+            transport = Transport(address.url, address.key, timeout_seconds=timeout, max_retries=max_retries)
+        self._transport = transport
+        self.jobs = Jobs(transport)
+        self.files = Files(transport)
+        self.keys = Keys(transport)
+        self.workers = Workers(transport)
+
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._transport.url
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Keys:
+    """Access keys. Only an administrator may use this."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(
+        self,
+        *,
+        name: str,
+        role: Literal["admin", "user", "worker"] = "user",
+        expires_in_seconds: int | None = None,
+    ) -> NewKey:
+        """Make a key. Its `secret` is shown this once: `client.keys.create(name="ci").secret`."""
+        request = KeyRequest(name=name, role=role, expires_in_seconds=expires_in_seconds)
+        # Not sent again when the answer is lost: that would leave a second key that nobody knows.
+        return self._transport.request("POST", "/keys", body=request, max_retries=0).parse(NewKey)
+
+    def list(self) -> Iterator[Key]:
+        """All keys, without their secrets."""
+        return pages(self._transport, "/keys", Key)
+
+    def delete(self, key_id: str) -> None:
+        """Withdraw a key: `client.keys.delete("key_…")`."""
+        self._transport.request("DELETE", f"/keys/{quote(key_id, safe='')}")
+
+
+class Workers:
+    """The workers that have registered."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def list(self) -> Iterator[Worker]:
+        """All workers, with the jobs they hold."""
+        return pages(self._transport, "/workers", Worker)

@@ -1,0 +1,192 @@
+"""`client.jobs`: post a job, watch it, steer it, fetch what it made."""
+
+import builtins
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, overload
+from urllib.parse import quote
+
+from sftd._transport import Transport, backoff_seconds
+from sftd.errors import ConnectionFailed, JobFailed, NotFound, ServerError, Throttled, WaitTimeout
+from sftd.files import unpack, write_file
+from sftd.paging import pages
+from sftd.schemas import Checkpoint, Evaluation, Event, Job, JobState, LogLine, MetricPoint
+from sftd.spec import JobSpec
+from sftd.streams import follow
+
+POLL_SECONDS = 1.0
+
+
+class Jobs:
+    """Fine-tuning jobs."""
+
+    def __init__(self, transport: Transport, *, pause: Callable[[float], object] = time.sleep) -> None:
+        self._transport = transport
+        self._pause = pause
+
+    def create(self, *, spec: JobSpec | Mapping[str, Any] | None = None, **fields: Any) -> Job:
+        """Post a job: `client.jobs.create(base_model="Qwen/Qwen2.5-7B-Instruct", training_file="file_…")`.
+
+        Give the fields of a JobSpec, or a whole `spec`; fields then replace those of the spec. The server checks
+        all of it and names every mistake at once.
+        """
+        whole = (
+            spec.model_dump(mode="json", exclude_none=True) if isinstance(spec, JobSpec) else dict(spec or {})
+        )
+        body = {**whole, **fields}
+        # Made once per call and sent again with each retry, so that a lost answer makes no second job.
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        return self._transport.request("POST", "/jobs", body=body, headers=headers).parse(Job)
+
+    def retrieve(self, job_id: str) -> Job:
+        """One job as it stands: `client.jobs.retrieve("job_…").state`."""
+        return self._transport.request("GET", _path(job_id)).parse(Job)
+
+    def list(
+        self,
+        *,
+        state: JobState | str | None = None,
+        owner: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        limit: int | None = None,
+    ) -> Iterator[Job]:
+        """Jobs, newest first; further pages are fetched as they are needed."""
+        params = {"state": str(state) if state else None, "owner": owner}
+        params |= {f"metadata[{name}]": value for name, value in (metadata or {}).items()}
+        return pages(self._transport, "/jobs", Job, params=params, limit=limit, page_size=100)
+
+    def cancel(self, job_id: str) -> Job:
+        """End a job for good. Ends within seconds; what it has saved is kept."""
+        return self._transport.request("POST", f"{_path(job_id)}/cancel").parse(Job)
+
+    def pause(self, job_id: str) -> Job:
+        """Save a checkpoint, then stop and free the device."""
+        return self._transport.request("POST", f"{_path(job_id)}/pause").parse(Job)
+
+    def resume(self, job_id: str) -> Job:
+        """Queue a paused job again; it goes on from its newest checkpoint."""
+        return self._transport.request("POST", f"{_path(job_id)}/resume").parse(Job)
+
+    def wait(
+        self,
+        job_id: str,
+        *,
+        on_progress: Callable[[Job], object] | None = None,
+        timeout_seconds: float | None = None,
+    ) -> Job:
+        """Wait until a job has succeeded and return it; raise JobFailed if it failed or was cancelled.
+
+        A server that goes away in between is waited for. `on_progress` is called with the job about once a second.
+        """
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        job: Job | None = self.retrieve(job_id)  # a wrong id or key shows at once
+        state, num_failures = JobState.QUEUED, 0
+        while True:
+            if job is not None:
+                state = job.state
+                if on_progress:
+                    on_progress(job)
+                if state.terminal:
+                    return _succeeded(job)
+            wait = POLL_SECONDS + (backoff_seconds(num_failures, first=0.5, most=10.0) if num_failures else 0)
+            if deadline is not None and time.monotonic() + wait > deadline:
+                raise WaitTimeout(f"{job_id} is still {state} after {timeout_seconds:g} s.")
+            self._pause(wait)
+            try:
+                job, num_failures = self.retrieve(job_id), 0
+            except (ConnectionFailed, ServerError, Throttled):
+                job, num_failures = None, num_failures + 1
+
+    def metrics(
+        self,
+        job_id: str,
+        *,
+        names: builtins.list[str] | None = None,
+        after: int | None = None,
+        limit: int | None = None,
+    ) -> Iterator[MetricPoint]:
+        """Metrics in step order, one point a step: `[point.loss for point in client.jobs.metrics("job_…")]`."""
+        params = {"names": ",".join(names) if names else None}
+        return pages(
+            self._transport, f"{_path(job_id)}/metrics", MetricPoint, params=params, after=after, limit=limit
+        )
+
+    def logs(self, job_id: str, *, after: int | None = None, limit: int | None = None) -> Iterator[LogLine]:
+        """Lines of the job's log, oldest first."""
+        return pages(self._transport, f"{_path(job_id)}/logs", LogLine, after=after, limit=limit)
+
+    def events(self, job_id: str, *, after: int | None = None, limit: int | None = None) -> Iterator[Event]:
+        """What happened to the job, oldest first."""
+        return pages(self._transport, f"{_path(job_id)}/events", Event, after=after, limit=limit)
+
+    @overload
+    def follow(
+        self, job_id: str, *, stream: Literal["logs"] = "logs", after: int = 0
+    ) -> Iterator[LogLine]: ...
+    @overload
+    def follow(self, job_id: str, *, stream: Literal["events"], after: int = 0) -> Iterator[Event]: ...
+    def follow(
+        self, job_id: str, *, stream: Literal["logs", "events"] = "logs", after: int = 0
+    ) -> Iterator[LogLine] | Iterator[Event]:
+        """Log lines (or events) as they come, until the job is over. Lost connections are taken up where they broke.
+
+        `for line in client.jobs.follow("job_…"): print(line.text)`
+        """
+        job = self.retrieve(job_id)  # a wrong id or key shows at once
+        path = f"{_path(job.id)}/{stream}"
+
+        if stream == "logs":
+            return follow(self._transport, path, LogLine, after=after, pause=self._pause)
+        return follow(self._transport, path, Event, after=after, pause=self._pause)
+
+    def checkpoints(self, job_id: str) -> Iterator[Checkpoint]:
+        """Checkpoints on record, with the files of each."""
+        return pages(self._transport, f"{_path(job_id)}/checkpoints", Checkpoint)
+
+    def evaluations(self, job_id: str) -> Iterator[Evaluation]:
+        """Evaluations, by step."""
+        return pages(self._transport, f"{_path(job_id)}/evaluations", Evaluation)
+
+    def download(self, job_id: str, folder: str | Path) -> builtins.list[Path]:
+        """Fetch what a job made into `folder` and return the files: `client.jobs.download("job_…", "result")`."""
+        with self._transport.stream(f"{_path(job_id)}/archive") as pieces:
+            return unpack(pieces, _made(folder), top=job_id)
+
+    def download_checkpoint(
+        self, job_id: str, folder: str | Path, *, step: int | None = None
+    ) -> builtins.list[Path]:
+        """Fetch one checkpoint (the newest, unless `step` names another) file by file, each checked by its hash."""
+        found = [c for c in self.checkpoints(job_id) if step is None or c.step == step]
+        if not found:
+            which = "checkpoint" if step is None else f"checkpoint of step {step}"
+            raise NotFound(f"{job_id} has no {which}.", status=404, code="not_found")
+        checkpoint = max(found, key=lambda c: (c.step, c.attempt))
+        written = []
+        for name, file in checkpoint.files.items():
+            with self._transport.stream(
+                f"{_path(job_id)}/checkpoints/{checkpoint.step}/files/{name}"
+            ) as pieces:
+                written.append(write_file(_made(folder), name, pieces, sha256=file.sha256))
+        return written
+
+
+def _path(job_id: str) -> str:
+    return f"/jobs/{quote(job_id, safe='')}"
+
+
+def _succeeded(job: Job) -> Job:
+    if job.state is JobState.SUCCEEDED:
+        return job
+    if job.failure is None:
+        raise JobFailed(f"{job.id} was {job.state}.", job=job)
+    raise JobFailed(
+        f"{job.id} failed ({job.failure.reason}): {job.failure.message} {job.failure.remedy}", job=job
+    )
+
+
+def _made(folder: str | Path) -> Path:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

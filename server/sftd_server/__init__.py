@@ -1,0 +1,1 @@
+"""sftd-server: what remembers. Jobs, files, keys and the worker protocol over SQLite."""

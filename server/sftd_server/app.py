@@ -1,0 +1,184 @@
+"""The server process: `sftd-server --data DIR --port 8000`, or `python -m sftd_server.app`.
+
+Puts the parts together, runs them, and stops them: SIGTERM or Ctrl-C ends open streams and long polls, finishes
+queued writes, folds the WAL into the database, and exits with 0.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import FrameType
+from uuid import uuid4
+
+import uvicorn
+from fastapi import FastAPI
+
+import sftd
+from sftd.discovery import remember_server
+from sftd_server import docs, keys, migrations, status
+from sftd_server.clock import Clock
+from sftd_server.datafolder import DataFolderInUse
+from sftd_server.errors import install_error_handlers
+from sftd_server.files import router as files_router
+from sftd_server.gate import Gate
+from sftd_server.jobs import router as jobs_router
+from sftd_server.server import Server
+from sftd_server.settings import Settings, SettingsError, read_settings
+from sftd_server.workers import router as workers_router
+from sftd_server.workers.reaper import Reaper
+
+log = logging.getLogger("sftd.server")
+
+
+def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
+    """The server as an ASGI app. Nothing is read or written before its lifespan begins."""
+    server = Server(settings, clock or Clock())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with running(server):
+            yield
+
+    app = FastAPI(
+        title="sftd",
+        version=sftd.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    app.state.server = server
+    app.add_middleware(Gate, server=server)
+    install_error_handlers(app)
+    for part in (jobs_router, files_router, workers_router, keys, status, docs):
+        app.include_router(part.router)
+    docs.describe(app)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def running(server: Server) -> AsyncIterator[None]:
+    """The server's life: lock, migrate, load; then the reaper beside the requests; then stop cleanly."""
+    server.folder.prepare()
+    lock = server.folder.lock()
+    try:
+        server.folder.clear_tmp()
+        await asyncio.to_thread(migrations.upgrade, server.db.engine)
+        server.db.start()
+        await _load_secrets(server)
+        reaper = Reaper(server)
+        await reaper.begin()
+        looking = asyncio.create_task(reaper.run(), name="reaper")
+        try:
+            yield
+        finally:
+            server.begin_stop()
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+            await server.db.stop()
+    finally:
+        os.close(lock)
+
+
+async def _load_secrets(server: Server) -> None:
+    """Read the keys and secrets of this installation; make them at the first start."""
+    folder, settings = server.folder, server.settings
+    server.secret = folder.secret("server.secret")
+    if not (folder.path / "installation.id").exists():
+        folder.write_secret("installation.id", f"inst_{uuid4().hex}")
+    server.installation_id = folder.secret("installation.id")
+    if settings.admin_key is not None:
+        admin_key = settings.admin_key.get_secret_value()
+    else:
+        admin_key = folder.secret("admin.key", prefix="sftd-", bits=192)
+    await server.keyring.install("admin", admin_key)
+    await server.keyring.install("worker", folder.secret("worker.key", prefix="sftd-", bits=192))
+
+
+class UvicornServer(uvicorn.Server):
+    """Uvicorn, which tells our server of a stop before it waits for open requests, and says where it listens."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]  # sockets: unused here
+        self._loop = asyncio.get_running_loop()
+        await super().startup()
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            _announce(self._server, host, port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self._loop.call_soon_threadsafe(self._server.begin_stop)
+
+
+def _announce(server: Server, host: str, port: int) -> None:
+    """One line for a person, and a note for clients on this machine."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    given = server.settings.admin_key is not None
+    where = (
+        "the admin's key is the one in SFTD_ADMIN_KEY"
+        if given
+        else f"the admin's key is in {server.folder.admin_key}"
+    )
+    print(f"sftd-server {sftd.__version__} listens on {url}; docs at {url}/docs; {where}", flush=True)
+    remember_server(url=url, key_file=server.folder.admin_key)
+
+
+def main() -> None:
+    """Run the server until it is told to stop."""
+    parser = argparse.ArgumentParser(prog="sftd-server", description="The sftd server.")
+    parser.add_argument("--data", type=Path, help="data folder (SFTD_DATA)")
+    parser.add_argument("--host", help="address to listen on (SFTD_HOST, default 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (SFTD_PORT, default 8000)")
+    parser.add_argument("--version", action="version", version=f"sftd-server {sftd.__version__}")
+    arguments = parser.parse_args()
+    os.umask(0o077)  # whatever is written here is for this user alone
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and stop are told by us
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        settings = read_settings(os.environ, **vars(arguments))
+        run(settings)
+    except (SettingsError, DataFolderInUse) as error:
+        sys.exit(f"sftd-server: {error}")
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    app = create_app(settings)
+    folder = app.state.server.folder
+    folder.prepare()
+    os.close(folder.lock())  # a second server is told so in a sentence; the lifespan takes the lock for good
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        timeout_graceful_shutdown=round(settings.stop_seconds + 0.5),
+        timeout_keep_alive=75,
+    )
+    # Uvicorn raises the signal again when it is done; a clean stop is no failure.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    serving = UvicornServer(config, app.state.server)
+    serving.run()
+    if not serving.started:
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Who is calling: access keys, their roles, and what each role may do.
+
+Every path but /healthz needs a key. Keys are compared by their sha256 and held in memory: they are few, and this
+process alone changes them. Worker keys open /worker/… and nothing else; other keys open everything but that.
+"""
+
+import base64
+import binascii
+import hashlib
+import secrets
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from fastapi import Request
+from sqlmodel import Session, col, delete, select
+from starlette.datastructures import Headers
+
+from sftd.schemas import Key, KeyRequest, NewKey
+from sftd_server.clock import Clock
+from sftd_server.db import Database
+from sftd_server.errors import Conflict, Forbidden, NotFound, Unauthorized
+from sftd_server.ids import new_id
+from sftd_server.tables import KeyRow
+
+OPEN_PATHS = {"/healthz"}
+_BUILT_IN = {"admin": "key_admin", "worker": "key_worker"}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The key of a request."""
+
+    key_id: str
+    name: str
+    role: str
+
+    def require_admin(self) -> None:
+        if self.role != "admin":
+            raise Forbidden(f"This needs an admin's key; {self.name} is a {self.role}.", code="admin_only")
+
+    def require_owner(self, owner: str) -> None:
+        """Anybody on the team reads everything; only the owner or an admin changes it."""
+        if self.role != "admin" and self.name != owner:
+            raise Forbidden(f"This belongs to {owner}; ask them or an admin.", code="not_owner")
+
+
+class Keyring:
+    """All keys, by the hash of their secret."""
+
+    def __init__(self, db: Database, clock: Clock) -> None:
+        self._db = db
+        self._clock = clock
+        self._by_hash: dict[str, KeyRow] = {}
+
+    async def load(self) -> None:
+        """Read the keys again."""
+        rows = await self._db.read(lambda session: session.exec(select(KeyRow)).all())
+        self._by_hash = {row.secret_sha256: row for row in rows}
+
+    async def install(self, role: str, secret: str) -> None:
+        """Make `secret` the built-in key of a role, in place of any earlier one."""
+        await self.load()
+        row = _row(_BUILT_IN[role], role, role, secret, self._clock.now(), None)
+        known = self._by_hash.get(row.secret_sha256)
+        if known is not None and known.id == row.id:
+            return
+
+        def work(session: Session) -> None:
+            session.exec(delete(KeyRow).where(col(KeyRow.id) == row.id))
+            session.add(KeyRow(**row.model_dump()))
+
+        await self._db.write(work)
+        await self.load()
+
+    async def create(self, request: KeyRequest) -> NewKey:
+        """Make a key. Its secret is in the answer and nowhere else."""
+        now = self._clock.now()
+        lifetime = request.expires_in_seconds
+        expires_at = None if lifetime is None else now + timedelta(seconds=lifetime)
+        secret = f"sftd-{secrets.token_hex(24)}"
+        row = _row(new_id("key"), request.name, request.role, secret, now, expires_at)
+
+        def work(session: Session) -> None:
+            if session.exec(select(KeyRow.id).where(KeyRow.name == row.name)).first():
+                raise Conflict(
+                    f"There is a key named {row.name!r}; names are unique.", code="name_taken", param="name"
+                )
+            session.add(KeyRow(**row.model_dump()))
+
+        await self._db.write(work)
+        await self.load()
+        return NewKey(**_key(row).model_dump(), secret=secret)
+
+    def list(self) -> list[Key]:
+        """All keys, oldest first."""
+        return [_key(row) for row in sorted(self._by_hash.values(), key=lambda row: (row.created_at, row.id))]
+
+    async def delete(self, key_id: str) -> None:
+        """Make a key worthless at once."""
+        if key_id in _BUILT_IN.values():
+            raise Conflict(
+                f"{key_id} is built in: change SFTD_ADMIN_KEY, or remove its file in the data folder, and restart.",
+                code="built_in_key",
+            )
+
+        def work(session: Session) -> int:
+            return session.exec(delete(KeyRow).where(col(KeyRow.id) == key_id)).rowcount
+
+        if not await self._db.write(work):
+            raise NotFound(f"There is no key {key_id!r}.", code="unknown_key")
+        await self.load()
+
+    def find(self, secret: str) -> Caller:
+        """Whose secret this is. Raises Unauthorized."""
+        digest = _hash(secret)
+        row = self._by_hash.get(digest)
+        # The look-up goes by the hash, which tells a guesser nothing; the comparison is constant-time all the same.
+        if row is None or not secrets.compare_digest(row.secret_sha256, digest):
+            raise Unauthorized("The key is not known here.", code="invalid_key")
+        if row.expires_at is not None and row.expires_at <= self._clock.now():
+            raise Unauthorized(
+                f"The key {row.name!r} has expired; ask an admin for a new one.", code="expired_key"
+            )
+        return Caller(row.id, row.name, row.role)
+
+    def admit(self, path: str, headers: Headers) -> Caller:
+        """The caller of a request, if the key is good and the path is for its role."""
+        caller = self.find(_secret(path, headers))
+        for_workers = path == "/worker" or path.startswith("/worker/")
+        if for_workers and caller.role != "worker":
+            raise Forbidden("This path is for workers; it needs a worker's key.", code="worker_only")
+        if not for_workers and caller.role == "worker":
+            raise Forbidden("A worker's key opens /worker/ only; use a user's key.", code="not_for_workers")
+        return caller
+
+
+def caller_of(request: Request) -> Caller:
+    """The key of this request, found by the gate before routing."""
+    caller = request.scope["state"]["caller"]
+    assert isinstance(caller, Caller)
+    return caller
+
+
+def is_docs(path: str) -> bool:
+    """Pages for a browser, which may ask for the key itself."""
+    return path == "/openapi.json" or path == "/docs" or path.startswith("/docs/")
+
+
+def _secret(path: str, headers: Headers) -> str:
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and given.strip():
+        return given.strip()
+    if is_docs(path):
+        if scheme.lower() == "basic":
+            return _basic_password(given)
+        raise _no_key('Basic realm="sftd: any name, your key as the password", charset="UTF-8"')
+    raise _no_key("Bearer")
+
+
+def _no_key(challenge: str) -> Unauthorized:
+    return Unauthorized(
+        "A key is needed: send it as `Authorization: Bearer <key>`.",
+        code="missing_key",
+        headers={"www-authenticate": challenge},
+    )
+
+
+def _basic_password(given: str) -> str:
+    try:
+        return base64.b64decode(given.strip(), validate=True).decode("utf-8").partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _row(
+    key_id: str, name: str, role: str, secret: str, now: datetime, expires_at: datetime | None
+) -> KeyRow:
+    return KeyRow(
+        id=key_id, name=name, role=role, secret_sha256=_hash(secret), created_at=now, expires_at=expires_at
+    )
+
+
+def _key(row: KeyRow) -> Key:
+    return Key.model_validate(row.model_dump())

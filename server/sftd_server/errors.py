@@ -1,0 +1,235 @@
+"""What the server answers when something is wrong: one tree of classes, one shape.
+
+Every error, from a validation mistake to an unknown path, is `{"error": {"message", "type", "param", "code"}}`.
+Raise the narrowest class; the message says what happened, with the values, then what to do about it.
+"""
+
+import errno
+import json
+import re
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from sftd.schemas import ErrorAnswer, ErrorBody
+from sftd_server.mistakes import Mistake, mistakes_of
+
+_EXAMPLES = {
+    401: {
+        "error": {
+            "message": "The key is not known here.",
+            "type": "authentication_error",
+            "param": None,
+            "code": "invalid_key",
+        }
+    },
+    422: {
+        "error": {
+            "message": "learnin_rate: unknown field; did you mean learning_rate?",
+            "type": "invalid_request",
+            "param": "learnin_rate",
+            "code": "invalid_spec",
+        }
+    },
+}
+
+
+class ApiError(HTTPException):
+    """Base of all expected errors. It is an HTTPException so that FastAPI lets it pass while it reads a body."""
+
+    status = 500
+    kind = "server_error"
+
+    def __init__(
+        self, message: str, *, code: str, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(self.status, detail=message, headers=headers)
+        self.message = message
+        self.code = code
+        self.param = param
+
+
+class Unauthorized(ApiError):
+    """401: no key, a wrong one, or an expired one."""
+
+    status = 401
+    kind = "authentication_error"
+
+
+class Forbidden(ApiError):
+    """403: the key is good, but not for this."""
+
+    status = 403
+    kind = "permission_error"
+
+
+class NotFound(ApiError):
+    """404: no such thing."""
+
+    status = 404
+    kind = "not_found"
+
+
+class RequestTimeout(ApiError):
+    """408: the body did not arrive."""
+
+    status = 408
+    kind = "invalid_request"
+
+
+class Conflict(ApiError):
+    """409: the thing is in the wrong state for this."""
+
+    status = 409
+    kind = "conflict"
+
+
+class TooLarge(ApiError):
+    """413: larger than a limit."""
+
+    status = 413
+    kind = "too_large"
+
+
+class SequenceGap(ApiError):
+    """416: a batch does not begin where its stream ends. The header X-Expected-Seq says where to go on."""
+
+    status = 416
+    kind = "sequence_gap"
+
+    def __init__(self, message: str, *, expected: int) -> None:
+        super().__init__(message, code="sequence_gap", param="seq", headers={"x-expected-seq": str(expected)})
+
+
+class Invalid(ApiError):
+    """422: the request is malformed. The message lists every mistake, one a line."""
+
+    status = 422
+    kind = "invalid_request"
+
+    @classmethod
+    def of(cls, mistakes: list[Mistake], *, code: str = "invalid_request") -> "Invalid":
+        return cls("\n".join(map(str, mistakes)), code=code, param=mistakes[0].field)
+
+
+class Unavailable(ApiError):
+    """503: not now; try again."""
+
+    status = 503
+    kind = "server_error"
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message, code=code, headers={"retry-after": "1"})
+
+
+class DiskFull(ApiError):
+    """507: there is no room. Nothing that was acknowledged is lost; reading goes on."""
+
+    status = 507
+    kind = "server_error"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The server's disk is full; its owner frees space, then try again.",
+            code="disk_full",
+            headers={"retry-after": "10"},
+        )
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether there was no room, in the words of SQLite or of the system."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OperationalError) and "database or disk is full" in str(error)
+
+
+def error_answer(error: ApiError) -> JSONResponse:
+    """The one shape."""
+    body = ErrorBody(message=error.message, type=error.kind, param=error.param, code=error.code)
+    return JSONResponse(
+        ErrorAnswer(error=body).model_dump(), status_code=error.status, headers=dict(error.headers or {})
+    )
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give every error that can leave the app the one shape."""
+
+    async def on_api_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return error_answer(error)
+
+    async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, StarletteHTTPException)
+        return error_answer(_translated(request, error))
+
+    async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return error_answer(Invalid.of(mistakes_of(error.errors(), _body_model(request))))
+
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(StarletteHTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_request)
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, object]]:
+    """The errors of a route, for its documentation. 401, 403 and 422 can come from any route with a key."""
+    meanings = {
+        401: "No key, a wrong key or an expired one.",
+        403: "The key's role does not allow this.",
+        404: "No such thing.",
+        409: "The thing is in the wrong state for this.",
+        413: "Larger than the limit.",
+        416: "The batch does not begin where the stream ends; X-Expected-Seq says where to go on.",
+        422: "The request is malformed; the message lists every mistake.",
+    }
+    return {
+        status: {
+            "model": ErrorAnswer,
+            "description": meanings[status],
+            "content": {"application/json": {"example": _EXAMPLES.get(status)}}
+            if status in _EXAMPLES
+            else {},
+        }
+        for status in sorted({401, 403, 422, *statuses})
+    }
+
+
+def _translated(request: Request, error: StarletteHTTPException) -> ApiError:
+    """An error of the framework, as one of ours."""
+    answer: ApiError
+    path, method = json.dumps(request.url.path), request.method
+    if error.status_code == 404:
+        answer = NotFound(f"There is no {path} here; GET /docs lists the routes.", code="unknown_route")
+    elif error.status_code == 405:
+        allowed = ", ".join(_methods(request)) or (error.headers or {}).get("Allow", "another method")
+        answer = ApiError(
+            f"{method} is not possible on {path}; use {allowed}.",
+            code="method_not_allowed",
+            headers={"allow": allowed},
+        )
+        answer.kind = "invalid_request"
+    else:
+        answer = ApiError(str(error.detail), code="bad_request" if error.status_code < 500 else "internal")
+        answer.kind = "invalid_request" if error.status_code < 500 else "server_error"
+    answer.status = answer.status_code = error.status_code
+    return answer
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods that a path has, from the OpenAPI document."""
+    found: set[str] = set()
+    for path, methods in request.app.openapi()["paths"].items():
+        if re.fullmatch(re.sub(r"\\{[^}]*\\}", ".+", re.escape(path)), request.url.path):
+            found.update(method.upper() for method in methods)
+    return sorted(found)
+
+
+def _body_model(request: Request) -> type[BaseModel] | None:
+    """The model of the route's body, which knows the names of its fields."""
+    field = getattr(request.scope.get("route"), "body_field", None)
+    annotation = field.field_info.annotation if field is not None else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

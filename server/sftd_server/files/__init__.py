@@ -1,0 +1,1 @@
+"""Files: uploads, kept by the hash of their content."""

@@ -1,0 +1,91 @@
+"""Routes of files."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from sftd.schemas import File, Page
+from sftd_server.auth import Caller, caller_of
+from sftd_server.errors import error_responses
+from sftd_server.files import store
+from sftd_server.files.upload import receive
+from sftd_server.jobs.downloads import plain_file
+from sftd_server.server import Server, server_of
+
+ServerDep = Annotated[Server, Depends(server_of)]
+CallerDep = Annotated[Caller, Depends(caller_of)]
+FileId = Annotated[str, Path(max_length=64, examples=["file_7k2mq9x4w3pz"])]
+
+_FORM: dict[str, Any] = {  # OpenAPI: open by nature
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "JSONL or a JSON array.",
+                        },
+                        "purpose": {"type": "string", "enum": list(store.PURPOSES), "default": "fine-tune"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+router = APIRouter(prefix="/files", tags=["files"], responses=error_responses(404))
+
+
+@router.post("", openapi_extra=_FORM, responses=error_responses(413))
+async def upload(request: Request, server: ServerDep, caller: CallerDep) -> File:
+    """Upload a data file: `curl -F file=@rows.jsonl`.
+
+    JSONL or a JSON array of rows: `messages`, `prompt` + `completion`, `instruction` (+ `input`) + `output`,
+    ShareGPT `conversations`, or `text`. Every row is checked; a 422 names line, field and remedy of what is wrong.
+    """
+    received = await receive(request, server.folder.tmp, max_bytes=server.settings.max_upload_bytes)
+    try:
+        return await store.keep(server, received, caller)
+    finally:
+        received.path.unlink(missing_ok=True)
+
+
+@router.get("")
+async def list_files(
+    server: ServerDep,
+    after: Annotated[str | None, Query(max_length=64, description="The id of the last file seen.")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> Page[File]:
+    """All files, newest first."""
+    return await server.db.read(lambda session: store.files(session, after=after, limit=limit))
+
+
+@router.get("/{file_id}")
+async def retrieve(file_id: FileId, server: ServerDep) -> File:
+    """One file's record."""
+    return await server.db.read(lambda session: store.file(session, file_id))
+
+
+@router.get(
+    "/{file_id}/content",
+    response_class=StreamingResponse,
+    responses={
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+    },
+)
+async def content(file_id: FileId, server: ServerDep) -> Response:
+    """The file as it was uploaded."""
+    found = await server.db.read(lambda session: store.file(session, file_id))
+    return plain_file(server.folder.path / server.folder.blob_name(found.sha256), found.filename)
+
+
+@router.delete("/{file_id}", status_code=204, responses=error_responses(404, 409))
+async def delete(file_id: FileId, server: ServerDep, caller: CallerDep) -> None:
+    """Delete a file. Refused with 409 while a job that is not over needs it."""
+    await store.remove(server, file_id, caller)

@@ -1,0 +1,144 @@
+"""Uploaded files: their content under its hash, their records in the database.
+
+A file's row appears after its content is safely on disk, and goes before it. `Server.file_changes` is held
+meanwhile, so that a delete never takes the content of an upload of the same bytes.
+"""
+
+import asyncio
+import os
+from datetime import datetime
+from pathlib import Path
+
+from sqlmodel import Session, col, delete, func, select
+
+from sftd.rows import FileSummary, RowsInvalid, check_file
+from sftd.schemas import File, JobState, Page
+from sftd_server.auth import Caller
+from sftd_server.errors import Conflict, Invalid, NotFound
+from sftd_server.files.upload import Upload
+from sftd_server.ids import new_id
+from sftd_server.jobs.service import JobInputs
+from sftd_server.jobs.states import TERMINAL
+from sftd_server.server import Server
+from sftd_server.tables import FileRow, JobRow
+
+PURPOSES = ("fine-tune",)
+
+
+async def keep(server: Server, upload: Upload, caller: Caller) -> File:
+    """Check an upload and take it in. Raises Invalid with every problem of its rows; then nothing is kept."""
+    if upload.purpose not in PURPOSES:
+        raise Invalid(
+            f"purpose: must be {' or '.join(PURPOSES)}, not {upload.purpose[:60]!r}",
+            code="invalid_request",
+            param="purpose",
+        )
+    summary = await asyncio.to_thread(_check, upload)
+    row = FileRow(
+        id=new_id("file"),
+        owner=caller.name,
+        filename=upload.filename,
+        purpose=upload.purpose,
+        bytes=upload.bytes,
+        sha256=upload.sha256,
+        status="processed",
+        format=summary.format,
+        num_rows=summary.num_rows,
+        created_at=server.clock.now(),
+    )
+    answer = _file(row)
+    async with server.file_changes:
+        await asyncio.to_thread(
+            _publish, upload.path, server.folder.path / server.folder.blob_name(upload.sha256)
+        )
+        await server.db.write(lambda session: session.add(row))
+    return answer
+
+
+async def remove(server: Server, file_id: str, caller: Caller) -> None:
+    """Delete a file, and its content where no other file has the same. Raises Conflict while a job needs it."""
+
+    def work(session: Session) -> str | None:
+        row = _find(session, file_id)
+        caller.require_owner(row.owner)
+        _require_unused(session, row)
+        session.exec(delete(FileRow).where(col(FileRow.id) == file_id))
+        others = session.exec(select(func.count()).where(FileRow.sha256 == row.sha256)).one()
+        return None if others else row.sha256
+
+    async with server.file_changes:
+        orphan = await server.db.write(work)
+        if orphan:
+            path = server.folder.path / server.folder.blob_name(orphan)
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+
+
+def file(session: Session, file_id: str) -> File:
+    """One file's record."""
+    return _file(_find(session, file_id))
+
+
+def files(session: Session, *, after: str | None, limit: int) -> Page[File]:
+    """All files, newest first."""
+    query = select(FileRow).order_by(col(FileRow.number).desc()).limit(limit + 1)
+    if after is not None:
+        query = query.where(col(FileRow.number) < _find(session, after).number)
+    rows = session.exec(query).all()
+    data = [_file(row) for row in rows[:limit]]
+    more = len(rows) > limit
+    return Page[File](data=data, has_more=more, next_after=data[-1].id if more else None)
+
+
+def _check(upload: Upload) -> FileSummary:
+    try:
+        return check_file(upload.path, name=upload.filename)
+    except RowsInvalid as error:
+        raise Invalid(str(error), code="invalid_file", param="file") from None
+
+
+def _publish(temporary: Path, blob: Path) -> None:
+    """Put the content in its place for good: on disk first, then under its name."""
+    blob.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with temporary.open("rb") as content:
+        os.fsync(content.fileno())
+    os.replace(temporary, blob)
+    folder = os.open(blob.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _find(session: Session, file_id: str) -> FileRow:
+    row = session.exec(select(FileRow).where(FileRow.id == file_id)).first()
+    if row is None:
+        raise NotFound(f"There is no file {file_id!r}; GET /files lists them.", code="unknown_file")
+    return row
+
+
+def _require_unused(session: Session, row: FileRow) -> None:
+    """No job that is not over reads the file."""
+    done: list[JobState] = list(TERMINAL)
+    for job in session.exec(select(JobRow).where(col(JobRow.state).not_in(done))):
+        inputs = JobInputs.model_validate(job.inputs)
+        needed = [inputs.training_file, inputs.validation_file]
+        if any(input and input.file_id == row.id for input in needed):
+            raise Conflict(
+                f"{row.id} is needed by {job.id}, which is {job.state}; cancel it or wait for it.",
+                code="file_in_use",
+            )
+
+
+def _file(row: FileRow) -> File:
+    created_at: datetime = row.created_at
+    return File(
+        id=row.id,
+        filename=row.filename,
+        purpose=row.purpose,
+        bytes=row.bytes,
+        sha256=row.sha256,
+        status=row.status,
+        format=row.format,
+        num_rows=row.num_rows,
+        created_at=created_at,
+    )

@@ -1,0 +1,1 @@
+"""Jobs: what users post, watch and steer."""

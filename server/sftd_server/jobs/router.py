@@ -1,0 +1,328 @@
+"""Routes of jobs. Each translates a request to one call of `service`, `queries`, `stream` or `downloads`."""
+
+import functools
+import re
+from collections.abc import Callable
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from sqlmodel import Session
+
+from sftd.schemas import Checkpoint, Evaluation, Event, Job, JobState, LogLine, MetricPoint, Page
+from sftd_server.auth import Caller, caller_of
+from sftd_server.errors import error_responses
+from sftd_server.jobs import downloads, metrics, queries, service, submission
+from sftd_server.jobs.queries import JobFilter
+from sftd_server.jobs.stream import PAGE, starting_point, stream
+from sftd_server.server import Server, server_of
+from sftd_server.strict_json import MAX_INTEGER, read_json
+
+ServerDep = Annotated[Server, Depends(server_of)]
+CallerDep = Annotated[Caller, Depends(caller_of)]
+JobId = Annotated[str, Path(max_length=64, examples=["job_7k2mq9x4w3pz"])]
+Step = Annotated[int, Path(ge=0, le=MAX_INTEGER)]
+After = Annotated[int, Query(ge=0, le=MAX_INTEGER, description="Go on after this id.")]
+Limit = Annotated[int, Query(ge=1, le=10_000, description="At most so many.")]
+LastEventId = Annotated[
+    str | None,
+    Header(alias="Last-Event-ID", description="Go on after this id; a browser sends it by itself."),
+]
+
+_SPEC = {
+    "base_model": "Qwen/Qwen2.5-7B-Instruct",
+    "method": "lora",
+    "training_file": "file_0123456789ab",
+    "validation_split": 0.05,
+    "learning_rate": 2e-5,
+    "max_steps": 1000,
+    "lora": {"rank": 16, "alpha": 32},
+    "metadata": {"team": "q"},
+}
+_SPEC_BODY: dict[str, Any] = {  # OpenAPI: open by nature
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}, "example": _SPEC}
+        },
+    }
+}
+_POSTED: dict[int | str, dict[str, Any]] = {  # OpenAPI: open by nature
+    200: {
+        "content": {
+            "application/json": {
+                "example": {
+                    "id": "job_7k2mq9x4w3pz",
+                    "object": "job",
+                    "state": "queued",
+                    "want": "run",
+                    "owner": "ci",
+                    "base_model": "Qwen/Qwen2.5-7B-Instruct",
+                    "method": "lora",
+                    "created_at": "2030-01-01T00:00:00Z",
+                    "queue_position": 1,
+                    "step": 0,
+                    "progress": 0.0,
+                }
+            }
+        }
+    }
+}
+_METADATA_PARAMETER: dict[str, Any] = {  # OpenAPI: open by nature
+    "parameters": [
+        {
+            "name": "metadata",
+            "in": "query",
+            "style": "deepObject",
+            "description": "Jobs with this metadata: `metadata[team]=q`. May be given several times.",
+            "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+        }
+    ]
+}
+_EVENT_STREAM: dict[int | str, dict[str, Any]] = {  # OpenAPI: open by nature
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
+_BYTES: dict[int | str, dict[str, Any]] = {  # OpenAPI: open by nature
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+}
+_METADATA_NAME = re.compile(r"^metadata\[(.{1,64})\]$", re.DOTALL)
+
+router = APIRouter(prefix="/jobs", tags=["jobs"], responses=error_responses(404))
+
+
+@router.post("", openapi_extra=_SPEC_BODY, responses={**_POSTED, **error_responses(413)})
+async def submit(
+    request: Request,
+    server: ServerDep,
+    caller: CallerDep,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1,
+            max_length=255,
+            description="Made once per call and sent again with each retry: the job is then made once.",
+        ),
+    ] = None,
+) -> Job:
+    """Post a fine-tuning job: the job spec as one flat JSON object.
+
+    All of it is checked at once, with the files and the model that it names; a 422 lists every mistake. The answer is
+    the job, `queued`. With an `Idempotency-Key` the same call again answers with the same job.
+    """
+    value = read_json(await request.body())
+    now, body_sha256 = server.clock.now(), service.body_hash(value)
+    job_id = None
+    if idempotency_key is not None:
+        find = functools.partial(
+            service.find_submitted,
+            owner=caller.name,
+            idempotency_key=idempotency_key,
+            body_sha256=body_sha256,
+        )
+        job_id = await server.db.read(find)
+    if job_id is None:
+        check = functools.partial(
+            submission.check, value=value, folder=server.folder, model_roots=server.settings.model_roots
+        )
+        spec, inputs = await server.db.read(check)
+        submitted = service.Submission(spec, inputs, caller.name, idempotency_key, body_sha256)
+        job_id = await server.db.write(lambda session: service.submit(session, submitted, now))
+    return await _job(server, job_id)
+
+
+@router.get("", openapi_extra=_METADATA_PARAMETER)
+async def list_jobs(
+    request: Request,
+    server: ServerDep,
+    state: Annotated[list[JobState] | None, Query(description="Only these states; may be repeated.")] = None,
+    owner: Annotated[str | None, Query(max_length=128, description="Only this owner's.")] = None,
+    after: Annotated[str | None, Query(max_length=64, description="The id of the last job seen.")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+) -> Page[Job]:
+    """Jobs, newest first. `next_after` is the `after` of the next page."""
+    metadata = {
+        found[1]: value
+        for name, value in request.query_params.multi_items()
+        if (found := _METADATA_NAME.match(name))
+    }
+    wanted = JobFilter(states=state or [], owner=owner, metadata=metadata)
+    jobs_folder, now = server.folder.path / "jobs", server.clock.now()
+    return await server.db.read(
+        lambda session: queries.jobs(
+            session, wanted, after=after, limit=limit, jobs_folder=jobs_folder, now=now
+        )
+    )
+
+
+@router.get("/{job_id}")
+async def retrieve(job_id: JobId, server: ServerDep) -> Job:
+    """One job as it stands: state, progress, loss, and why it failed if it did."""
+    return await _job(server, job_id)
+
+
+@router.post("/{job_id}/cancel", responses=error_responses(404, 409))
+async def cancel(job_id: JobId, server: ServerDep, caller: CallerDep) -> Job:
+    """End a job for good. A running one ends within seconds; what it has saved is kept. May be repeated."""
+    return await _steer(server, service.cancel, job_id, caller)
+
+
+@router.post("/{job_id}/pause", responses=error_responses(404, 409))
+async def pause(job_id: JobId, server: ServerDep, caller: CallerDep) -> Job:
+    """Put a job aside: a running one saves a checkpoint and frees its device. May be repeated."""
+    return await _steer(server, service.pause, job_id, caller)
+
+
+@router.post("/{job_id}/resume", responses=error_responses(404, 409))
+async def resume(job_id: JobId, server: ServerDep, caller: CallerDep) -> Job:
+    """Queue a paused job again; it goes on from its newest checkpoint. May be repeated."""
+    return await _steer(server, service.resume, job_id, caller)
+
+
+@router.get("/{job_id}/metrics", response_model=Page[MetricPoint])
+async def list_metrics(
+    job_id: JobId,
+    server: ServerDep,
+    names: Annotated[
+        list[str] | None, Query(description="Only these; separated by commas, or repeated.")
+    ] = None,
+    after: Annotated[int, Query(ge=-1, le=MAX_INTEGER, description="Go on after this step.")] = -1,
+    limit: Limit = 1000,
+    points: Annotated[
+        int | None, Query(ge=1, le=10_000, description="Thin to about so many steps, evenly spaced.")
+    ] = None,
+) -> Response:
+    """Metrics in step order, one flat object a step: `{"step": 1, "loss": 2.3, …}`.
+
+    A job that was interrupted shows the history of an uninterrupted run. NaN and infinities are the strings `NaN`,
+    `Infinity` and `-Infinity`.
+    """
+    wanted = [name for part in names or [] for name in part.split(",") if name]
+
+    def look(session: Session) -> str:
+        number = service.find_job(session, job_id).number
+        if points is None:
+            return metrics.page(session, number, wanted, after=after, limit=limit).to_json()
+        return metrics.thinned(session, number, wanted, after=after, points=points).to_json()
+
+    return Response(await server.db.read(look), media_type="application/json")
+
+
+@router.get("/{job_id}/logs", response_model=Page[LogLine], responses=_EVENT_STREAM)
+async def list_logs(
+    request: Request,
+    job_id: JobId,
+    server: ServerDep,
+    after: After = 0,
+    limit: Limit = 1000,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """The job's log, oldest line first.
+
+    With `Accept: text/event-stream` lines are sent as they come, until the job is over: `event: log` with an `id` to
+    go on from, at last `event: end`.
+    """
+    if _wants_stream(request):
+        return await _stream(server, job_id, queries.logs, starting_point(after, last_event_id))
+    page = await server.db.read(lambda session: queries.logs(session, job_id, after=after, limit=limit))
+    return Response(page.model_dump_json(), media_type="application/json")
+
+
+@router.get("/{job_id}/events", response_model=Page[Event], responses=_EVENT_STREAM)
+async def list_events(
+    request: Request,
+    job_id: JobId,
+    server: ServerDep,
+    after: After = 0,
+    limit: Limit = 1000,
+    last_event_id: LastEventId = None,
+) -> Response:
+    """What happened to the job, oldest first.
+
+    With `Accept: text/event-stream` events are sent as they come, until the job is over: `event: <type>` with an `id`
+    to go on from, at last `event: end`.
+    """
+    if _wants_stream(request):
+        return await _stream(server, job_id, queries.events, starting_point(after, last_event_id))
+    page = await server.db.read(lambda session: queries.events(session, job_id, after=after, limit=limit))
+    return Response(page.model_dump_json(), media_type="application/json")
+
+
+@router.get("/{job_id}/checkpoints")
+async def list_checkpoints(job_id: JobId, server: ServerDep) -> Page[Checkpoint]:
+    """Whole checkpoints by step, each with its files."""
+    return await server.db.read(lambda session: queries.checkpoints(session, job_id))
+
+
+@router.get("/{job_id}/evaluations")
+async def list_evaluations(job_id: JobId, server: ServerDep) -> Page[Evaluation]:
+    """Evaluations by step."""
+    return await server.db.read(lambda session: queries.evaluations(session, job_id))
+
+
+@router.get(
+    "/{job_id}/checkpoints/{step}/files/{name:path}",
+    response_class=StreamingResponse,
+    responses={**_BYTES, **error_responses(404, 409)},
+)
+async def checkpoint_file(job_id: JobId, step: Step, name: str, server: ServerDep) -> Response:
+    """One file of a checkpoint, by its name in the checkpoint's `files`."""
+    return await server.db.read(
+        lambda session: downloads.one_file(
+            server.folder.path, queries.checkpoint_files(session, job_id, step), name
+        )
+    )
+
+
+@router.get(
+    "/{job_id}/result/files/{name:path}",
+    response_class=StreamingResponse,
+    responses={**_BYTES, **error_responses(404, 409)},
+)
+async def result_file(job_id: JobId, name: str, server: ServerDep) -> Response:
+    """One file of the result."""
+    return await server.db.read(
+        lambda session: downloads.one_file(server.folder.path, queries.result_files(session, job_id), name)
+    )
+
+
+@router.get(
+    "/{job_id}/archive",
+    response_class=StreamingResponse,
+    responses={
+        200: {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}},
+        **error_responses(404, 409),
+    },
+)
+async def archive(job_id: JobId, server: ServerDep) -> Response:
+    """The result as a tar, streamed; 409 while there is none."""
+    return await server.db.read(
+        lambda session: downloads.archive(server.folder.path, queries.result_files(session, job_id), job_id)
+    )
+
+
+Steering = Callable[[Session, str, Caller, datetime], None]
+Listing = Callable[..., Any]  # queries.logs or queries.events
+
+
+async def _job(server: Server, job_id: str) -> Job:
+    look = functools.partial(
+        queries.job, job_id=job_id, jobs_folder=server.folder.path / "jobs", now=server.clock.now()
+    )
+    return await server.db.read(look)
+
+
+async def _steer(server: Server, act: Steering, job_id: str, caller: Caller) -> Job:
+    await server.db.write(lambda session: act(session, job_id, caller, server.clock.now()))
+    return await _job(server, job_id)
+
+
+async def _stream(server: Server, job_id: str, pages: Listing, after: int) -> Response:
+    await server.db.read(lambda session: service.find_job(session, job_id))  # a 404 now, not in the stream
+    return stream(
+        server, job_id, lambda session, after: pages(session, job_id, after=after, limit=PAGE), after=after
+    )
+
+
+def _wants_stream(request: Request) -> bool:
+    return "text/event-stream" in request.headers.get("accept", "")

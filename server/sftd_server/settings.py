@@ -1,0 +1,123 @@
+"""The server's settings: one object, built in `main()` from flags and environment, then passed down.
+
+Every field can be set by the environment variable `SFTD_` + its name in capitals; docs/operations.md lists them all.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+
+class SettingsError(Exception):
+    """A setting is wrong. The message names each one and what to do."""
+
+
+class Settings(BaseModel):
+    """How one server runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Path = Field(
+        Path("~/.local/share/sftd"),
+        description="Data folder: database, keys, uploaded files, the jobs' folders.",
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    database_url: str = Field(
+        "", description="Where the database is; `sqlite:///<path>`. Default: sftd.db in the data folder."
+    )
+    admin_key: SecretStr | None = Field(
+        None, description="The admin's key. Default: one is made at the first start, in admin.key."
+    )
+    model_roots: tuple[Path, ...] = Field(
+        (), description="Folders that base models may lie in, separated by colons. Default: <data>/models."
+    )
+    max_upload_bytes: int = Field(2 * 1024**3, ge=1, description="Largest file that can be uploaded.")
+    max_body_bytes: int = Field(1024**2, ge=1024, description="Largest JSON body on a user's route.")
+    max_worker_body_bytes: int = Field(16 * 1024**2, ge=1024, description="Largest body on a worker's route.")
+    body_seconds: float = Field(60, gt=0, description="A request whose body stalls for so long is given up.")
+    lease_seconds: float = Field(
+        30, gt=0, description="A job is taken back when its worker is silent so long."
+    )
+    start_seconds: float = Field(
+        15, gt=0, description="A claimed job goes back to the queue when it has not started by then."
+    )
+    max_lost: int = Field(
+        5, ge=1, description="A job fails after losing so many workers without a new checkpoint."
+    )
+    max_failures: int = Field(
+        1, ge=1, description="A job whose trainer died fails at this count; before, it is tried again."
+    )
+    backoff_seconds: float = Field(
+        2, ge=0, description="Wait before a lost job runs again; doubles each time."
+    )
+    max_backoff_seconds: float = Field(60, ge=0, description="Longest such wait.")
+    reap_seconds: float = Field(1, gt=0, description="How often expired leases are looked for.")
+    keepalive_seconds: float = Field(15, gt=0, description="A silent event stream sends a comment so often.")
+    stop_seconds: float = Field(5, gt=0, description="How long open requests may take to end when stopping.")
+
+    @field_validator("database_url")
+    @classmethod
+    def _only_sqlite(cls, value: str) -> str:
+        if value and not (value.startswith("sqlite:///") and len(value) > len("sqlite:///")):
+            raise ValueError(
+                "only SQLite is supported in this version; give sqlite:///<path> or leave it unset"
+            )
+        return value
+
+    @field_validator("admin_key")
+    @classmethod
+    def _key_is_usable(cls, value: SecretStr | None) -> SecretStr | None:
+        secret = value.get_secret_value() if value else "x" * 8
+        if len(secret) < 8 or not secret.isascii() or not secret.isprintable() or " " in secret:
+            raise ValueError("must be at least 8 printable ASCII characters without spaces")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_paths(cls, values: Any) -> Any:  # whatever the caller gave
+        if isinstance(values, dict):
+            data = Path(values.get("data") or cls.model_fields["data"].default).expanduser().absolute()
+            roots = values.get("model_roots") or (data / "models",)
+            values = {
+                **values,
+                "data": data,
+                "model_roots": tuple(Path(r).expanduser().absolute() for r in roots),
+            }
+            values["database_url"] = values.get("database_url") or f"sqlite:///{data / 'sftd.db'}"
+        return values
+
+
+def read_settings(
+    environment: Mapping[str, str], **flags: Any
+) -> Settings:  # flags: as the parser gives them
+    """Settings from flags, then environment, then defaults. Raises SettingsError naming every mistake."""
+    values: dict[str, Any] = {}
+    for name in Settings.model_fields:
+        text = environment.get(variable(name), "")
+        if text:
+            values[name] = [part for part in text.split(":") if part] if name == "model_roots" else text
+    values.update({name: value for name, value in flags.items() if value is not None})
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        lines = [
+            f"{variable(str(line['loc'][0]))}: {line['msg'].removeprefix('Value error, ')}"
+            for line in error.errors(include_url=False, include_input=False)
+        ]
+        raise SettingsError("\n".join(lines)) from None
+
+
+def variable(field: str) -> str:
+    """The environment variable of a field."""
+    return f"SFTD_{field.upper()}"

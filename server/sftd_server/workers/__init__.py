@@ -1,0 +1,1 @@
+"""Workers: leases, and what is reported under them."""

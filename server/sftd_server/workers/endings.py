@@ -1,0 +1,181 @@
+"""How an attempt ends: its worker's last word, a job given back, a worker that vanished."""
+
+from datetime import datetime
+
+from sqlmodel import Session, and_, col, func, select
+
+from sftd.protocol import Finish, Release
+from sftd.schemas import FailureReason, JobState, Want
+from sftd_server.db import touch
+from sftd_server.errors import Conflict
+from sftd_server.jobs.queries import whole_checkpoints
+from sftd_server.jobs.service import Note, move
+from sftd_server.jobs.states import LEASED, Trigger
+from sftd_server.settings import Settings
+from sftd_server.tables import AttemptRow, JobRow, LogLineRow
+from sftd_server.workers.leases import Holder, StaleLease, backoff, fenced
+
+RETRYABLE = {FailureReason.TRAINER_DIED, FailureReason.WORKER_ERROR, FailureReason.DISK_FULL}
+LOG_TAIL_LINES = 20
+_FINISH = {
+    "succeeded": Trigger.FINISH_SUCCEEDED,
+    "failed": Trigger.FINISH_FAILED,
+    "cancelled": Trigger.FINISH_CANCELLED,
+    "paused": Trigger.FINISH_PAUSED,
+}
+
+
+def finish(session: Session, holder: Holder, word: Finish, *, settings: Settings, now: datetime) -> None:
+    """The attempt's last word. The same word again is accepted; another one is not."""
+    if _already_ended(session, holder, word.state):
+        return
+    row = fenced(session, holder)
+    reason = word.reason or FailureReason.TRAINER_ERROR
+    failures = row.failures + 1
+    may_retry = reason in RETRYABLE and failures < settings.max_failures
+    values: dict[str, object] = {}
+    if word.state == "failed":
+        values = _failure_values(session, row, reason, word.message, word.log_tail)
+        values["failures"] = failures
+        if may_retry:
+            values["not_before"] = now + backoff(settings, failures)
+    elif word.state == "succeeded":
+        values["result"] = {name: file.model_dump() for name, file in word.files.items()}
+    ends_cancelled = word.state == "paused" and row.want == Want.CANCEL
+    note = Note("cancelled" if ends_cancelled else word.state, _last_words(row, word, reason))
+    if word.state == "failed":
+        note = Note(
+            "retrying" if may_retry and row.want == Want.RUN else "failed", note.message, {"reason": reason}
+        )
+    moved = move(
+        session,
+        row,
+        _FINISH[word.state],
+        now=now,
+        notes=[note],
+        values=values,
+        may_retry=may_retry,
+        outcome=word.state,
+    )
+    if moved is None:
+        raise Conflict(
+            f"{row.id} can not end as {word.state}: it is {row.state} and its user wants it to {row.want}.",
+            code="wrong_state",
+        )
+
+
+def release(session: Session, holder: Holder, word: Release, *, now: datetime) -> None:
+    """Give the job back: it goes on elsewhere, before all others of its priority. No failure."""
+    if _already_ended(session, holder, "released"):
+        return
+    row = fenced(session, holder)
+    notes = [Note("released", f"Given back by its worker: {word.message}")]
+    values = {"not_before": now, "queue_rank": _head_rank(session)}
+    if row.want != Want.RUN:
+        notes.append(_settled_note(row))
+        values = {}
+    moved = move(session, row, Trigger.RELEASE, now=now, notes=notes, values=values, outcome="released")
+    if moved is None:
+        raise StaleLease
+
+
+def _already_ended(session: Session, holder: Holder, outcome: str) -> bool:
+    query = (
+        select(AttemptRow.outcome)
+        .join(JobRow, and_(col(JobRow.number) == col(AttemptRow.job), col(JobRow.id) == holder.job_id))
+        .where(AttemptRow.attempt == holder.attempt, AttemptRow.token_sha256 == holder.token_sha256)
+    )
+    return session.exec(query).first() == outcome
+
+
+def _failure_values(
+    session: Session, row: JobRow, reason: FailureReason, message: str | None, log_tail: list[str]
+) -> dict[str, object]:
+    if not log_tail:
+        query = (
+            select(LogLineRow.text)
+            .where(LogLineRow.job == row.number)
+            .order_by(col(LogLineRow.id).desc())
+            .limit(LOG_TAIL_LINES)
+        )
+        log_tail = list(session.exec(query))[::-1]
+    return {"failure_reason": reason, "failure_message": message, "log_tail": log_tail}
+
+
+def _last_words(row: JobRow, word: Finish, reason: FailureReason) -> str:
+    if word.state == "failed":
+        return f"Failed ({reason}): {word.message or 'no message'}"
+    said = {"succeeded": "Done.", "cancelled": "Cancelled.", "paused": "Paused."}[word.state]
+    return word.message or said
+
+
+# ---------------------------------------------------------------- the reaper
+
+
+def wake_due(session: Session, *, now: datetime, since: datetime) -> None:
+    """Wake claimers for jobs whose wait ended after `since`."""
+    due = select(JobRow.number).where(
+        JobRow.state == JobState.QUEUED, col(JobRow.not_before) <= now, col(JobRow.not_before) > since
+    )
+    if session.exec(due.limit(1)).first() is not None:
+        touch(session, "queue")
+
+
+def reap(session: Session, *, settings: Settings, now: datetime) -> int:
+    """Take back what no worker keeps alive. Returns how many jobs that were."""
+    silent = select(JobRow).where(col(JobRow.state).in_(LEASED), col(JobRow.lease_until) < now)
+    lost = list(session.exec(silent))
+    for row in lost:
+        _lose(session, row, settings, now)
+    late = select(JobRow).where(JobRow.state == JobState.CLAIMED, col(JobRow.start_by) < now)
+    unstarted = [row for row in session.exec(late) if row.number not in {gone.number for gone in lost}]
+    for row in unstarted:
+        notes = [Note("not_started", f"Worker {row.worker_id} took the job but did not start it.")]
+        if row.want != Want.RUN:
+            notes.append(_settled_note(row))
+        move(session, row, Trigger.NOT_STARTED, now=now, notes=notes, outcome="not_started")
+    return len(lost) + len(unstarted)
+
+
+def _lose(session: Session, row: JobRow, settings: Settings, now: datetime) -> None:
+    """A worker has vanished. The count starts again where a newer checkpoint shows that the job gets on."""
+    newest = max((found.step for found in whole_checkpoints(session, row.number)), default=-1)
+    lost_count = 1 if newest > row.lost_step else row.lost_count + 1
+    too_often = lost_count >= settings.max_lost
+    message = f"Worker {row.worker_id} was silent for {settings.lease_seconds:g} s (loss {lost_count})."
+    values: dict[str, object] = {"lost_count": lost_count, "lost_step": newest}
+    notes = [Note("lease_expired", message, {"worker_id": row.worker_id, "lost_count": lost_count})]
+    if row.want != Want.RUN:
+        notes.append(_settled_note(row))
+    elif too_often:
+        message = f"{lost_count} workers vanished in a row without a new checkpoint."
+        values |= _failure_values(session, row, FailureReason.WORKER_LOST, message, [])
+        notes.append(
+            Note("failed", f"Failed (worker_lost): {message}", {"reason": FailureReason.WORKER_LOST})
+        )
+    else:
+        values["not_before"] = now + backoff(settings, lost_count)
+    move(
+        session,
+        row,
+        Trigger.LEASE_EXPIRED,
+        now=now,
+        notes=notes,
+        values=values,
+        lost_too_often=too_often,
+        outcome="lost",
+    )
+
+
+# ---------------------------------------------------------------- small questions
+
+
+def _settled_note(row: JobRow) -> Note:
+    """What a pause or cancel comes to when the worker is gone."""
+    state = "cancelled" if row.want == Want.CANCEL else "paused"
+    return Note(state, f"{state.capitalize()}: its worker had given it up.")
+
+
+def _head_rank(session: Session) -> int:
+    lowest = session.exec(select(func.min(JobRow.queue_rank)).where(JobRow.state == JobState.QUEUED)).one()
+    return min(0, lowest or 0) - 1

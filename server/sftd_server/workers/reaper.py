@@ -1,0 +1,62 @@
+"""The loop that takes jobs back from silent workers. It never trusts a clock that has jumped, nor its own absence."""
+
+import asyncio
+import functools
+import logging
+
+from sftd_server.db import DatabaseClosed
+from sftd_server.jobs.service import Note
+from sftd_server.server import Server
+from sftd_server.workers import endings, leases
+
+JUMP_SECONDS = 2.0
+
+log = logging.getLogger("sftd.server")
+
+
+class Reaper:
+    """One a server. `tick` is one look; `run` looks for ever."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._wall = server.clock.now()
+        self._monotonic = server.clock.monotonic()
+        self._started = self._monotonic
+
+    async def begin(self) -> None:
+        """After a start every live lease has its full time: a long outage must not requeue healthy jobs."""
+        await self._extend(None)
+
+    async def run(self) -> None:
+        """Tick until cancelled. An error is logged and the loop goes on."""
+        while True:
+            await asyncio.sleep(self._server.settings.reap_seconds)
+            try:
+                await self.tick()
+            except DatabaseClosed:
+                return
+            except Exception:
+                log.exception("looking for expired leases failed; trying again")
+
+    async def tick(self) -> int:
+        """Look once; return how many jobs were taken back."""
+        wall, monotonic = self._server.clock.now(), self._server.clock.monotonic()
+        before, elapsed = self._wall, monotonic - self._monotonic
+        jump = (wall - before).total_seconds() - elapsed
+        self._wall, self._monotonic = wall, monotonic
+        if abs(jump) > JUMP_SECONDS:
+            log.warning("the clock jumped by %.1f s; all leases are extended", jump)
+            note = Note("clock_jump", f"The server's clock jumped by {jump:.1f} s; the lease was extended.")
+            await self._extend(note)
+            return 0
+        db, settings = self._server.db, self._server.settings
+        await db.write(functools.partial(endings.wake_due, now=wall, since=before))
+        if monotonic - self._started < settings.lease_seconds:
+            return 0
+        return await db.write(functools.partial(endings.reap, settings=settings, now=wall))
+
+    async def _extend(self, note: Note | None) -> None:
+        work = functools.partial(
+            leases.extend_all, settings=self._server.settings, now=self._server.clock.now(), note=note
+        )
+        await self._server.db.write(work)

@@ -1,0 +1,63 @@
+"""Which workers there are."""
+
+from datetime import datetime
+
+from sqlmodel import Session, col, select
+
+from sftd.protocol import Hello
+from sftd.schemas import Page, Worker
+from sftd_server.errors import Conflict
+from sftd_server.jobs.states import LEASED
+from sftd_server.tables import JobRow, WorkerRow
+
+
+def check_installation(hello: Hello, installation_id: str) -> None:
+    """A worker that names another installation sees other files than the server does. Raises Conflict."""
+    if hello.installation_id not in (None, installation_id):
+        raise Conflict(
+            f"Worker {hello.worker_id} sees the data folder {hello.installation_id}, the server has {installation_id}:"
+            " start the worker with the server's data folder (--data).",
+            code="other_installation",
+            param="installation_id",
+        )
+
+
+def register(session: Session, *, hello: Hello, now: datetime) -> None:
+    """Remember a worker, or what is new about it."""
+    known = session.exec(select(WorkerRow.registered_at).where(WorkerRow.id == hello.worker_id)).first()
+    session.merge(
+        WorkerRow(
+            id=hello.worker_id,
+            boot_id=hello.boot_id,
+            gpus=hello.gpus,
+            device=hello.device,
+            labels=hello.labels,
+            versions=hello.versions,
+            registered_at=known or now,
+            seen_at=now,
+        )
+    )
+
+
+def workers(session: Session) -> Page[Worker]:
+    """All workers, the one last heard of first."""
+    held: dict[str | None, list[str]] = {}
+    for worker_id, job_id in session.exec(
+        select(JobRow.worker_id, JobRow.id).where(col(JobRow.state).in_(LEASED)).order_by(col(JobRow.number))
+    ):
+        held.setdefault(worker_id, []).append(job_id)
+    rows = session.exec(select(WorkerRow).order_by(col(WorkerRow.seen_at).desc()))
+    data = [
+        Worker(
+            id=row.id,
+            boot_id=row.boot_id,
+            gpus=row.gpus,
+            device=row.device,
+            labels=row.labels,
+            versions=row.versions,
+            seen_at=row.seen_at,
+            job_ids=held.get(row.id, []),
+        )
+        for row in rows
+    ]
+    return Page[Worker](data=data, has_more=False, next_after=None)

@@ -1,0 +1,237 @@
+"""Commands as a person or a script runs them, against the real server."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sftd import cli
+
+if TYPE_CHECKING:
+    from conftest import Box, ScriptedServer
+
+Run = Callable[..., Any]
+COMMANDS = [
+    "up",
+    "submit",
+    "upload",
+    "check",
+    "ls",
+    "show",
+    "logs",
+    "metrics",
+    "events",
+    "wait",
+    "cancel",
+    "pause",
+    "resume",
+    "get",
+    "keys",
+    "workers",
+]
+
+
+class Outcome:
+    """What a command left behind."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def sftd(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    def run(*argv: object) -> Outcome:
+        try:
+            cli.main([str(word) for word in argv])
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 0
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def spec(rows: Path) -> Path:
+    path = rows.parent / "lora.yaml"
+    path.write_text("base_model: org/model\ntraining_file: rows.jsonl\nlearning_rate: 2e-5\nname: try\n")
+    return path
+
+
+def test_a_job_by_commands(box: "Box", sftd: Callable[..., Outcome], spec: Path, tmp_path: Path) -> None:
+    submitted = sftd("submit", spec, "--set", "lora.rank=8", "--set", "metadata.team=cli")
+    job_id = submitted.out.strip()
+    assert "uploaded as file_" in submitted.err
+
+    waited = sftd("wait", job_id)
+    assert (waited.code, waited.out.splitlines()[-1]) == (0, f"{job_id} is succeeded")
+
+    shown = json.loads(sftd("show", job_id, "--json").out)
+    assert (shown["state"], shown["spec"]["learning_rate"], shown["spec"]["lora"]["rank"]) == (
+        "succeeded",
+        2e-5,
+        8,
+    )
+    assert "100%" in sftd("show", job_id).out
+    assert job_id in [job["id"] for job in json.loads(sftd("ls", "--json", "--state", "succeeded").out)]
+    assert sftd("ls").out.splitlines()[1].startswith(f"{job_id}\ttry\tsucceeded\t5/5")
+    assert sftd("logs", job_id).out.splitlines() == [f"step {n}" for n in range(1, 6)]
+    assert sftd("logs", job_id, "-f").out.splitlines() == [f"step {n}" for n in range(1, 6)]
+    assert "succeeded" in sftd("events", job_id).out
+    assert sftd("metrics", job_id).out.splitlines()[:2] == ["STEP\tLOSS", "1\t1"]
+    (first, *_) = csv.DictReader(io.StringIO(sftd("metrics", job_id, "--csv").out))
+    assert first == {"step": "1", "loss": "1.0", "nan": "nan"}
+
+    fetched = sftd("get", job_id, "-o", tmp_path / "out")
+    assert fetched.err.startswith("1 files in")
+    assert (tmp_path / "out/model.txt").read_text() == "trained"
+    assert sftd("get", job_id, "-o", tmp_path / "ck", "--checkpoint", 2).code == 0
+    assert sftd("workers").out.count("\n") == 2
+
+
+def test_submit_and_follow_shows_the_log_and_ends_with_the_job(
+    box: "Box", sftd: Callable[..., Outcome], spec: Path
+) -> None:
+    followed = sftd("submit", spec, "--follow")
+
+    lines = followed.out.splitlines()
+    assert followed.code == 0
+    assert [line for line in lines if line.startswith("step ")] == [f"step {n}" for n in range(1, 6)]
+    assert lines[-1].endswith("is succeeded") or lines[-1] == "step 5"
+
+
+def test_a_failed_job_ends_with_one_and_says_why(
+    box: "Box", sftd: Callable[..., Outcome], spec: Path
+) -> None:
+    box.set_script(steps=3, at=2, end="exception")
+    job_id = sftd("submit", spec).out.strip()
+
+    waited = sftd("wait", job_id)
+
+    assert waited.code == 1
+    assert "failed (diverged): The loss is NaN at step 2. Lower learning_rate" in waited.err
+    assert "remedy" in sftd("show", job_id).out
+
+
+def test_a_running_job_is_cancelled(box: "Box", sftd: Callable[..., Outcome], spec: Path) -> None:
+    box.set_script(steps=10**6, step_seconds=0.02)
+    job_id = sftd("submit", spec).out.strip()
+    with box.client() as client:
+        next(event for event in client.jobs.follow(job_id, stream="events") if event.type == "run")
+
+    assert sftd("cancel", job_id).out.startswith(f"{job_id} is ")
+    waited = sftd("wait", job_id)
+
+    assert (waited.code, waited.err) == (1, f"sftd: {job_id} was cancelled.\n")
+    assert sftd("resume", job_id).code == 2
+
+
+def test_ctrl_c_leaves_the_job_running_and_says_so(box: "Box", spec: Path) -> None:
+    box.set_script(steps=10**6, step_seconds=0.02)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sftd.cli", "submit", str(spec), "--follow"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
+    assert process.stdout
+    job_id = process.stdout.readline().strip()
+    while not process.stdout.readline().startswith("step"):
+        pass
+
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+
+    assert process.returncode == 130
+    assert f"{job_id} goes on; end it with: sftd cancel {job_id}" in err
+    with box.client() as client:
+        assert client.jobs.retrieve(job_id).state == "running"
+        client.jobs.cancel(job_id)
+
+
+def test_every_mistake_of_a_spec_is_told_at_once(
+    box: "Box", sftd: Callable[..., Outcome], spec: Path
+) -> None:
+    refused = sftd("submit", spec, "--set", "learning_rate=fast", "--set", "epochs=3")
+
+    assert refused.code == 2
+    assert "learning_rate" in refused.err
+    assert "epochs" in refused.err
+
+
+def test_keys_are_made_listed_and_withdrawn(box: "Box", sftd: Callable[..., Outcome]) -> None:
+    made = sftd("keys", "add", "ci", "--expires-in-days", "1")
+    key_id = made.err.split()[0]
+
+    assert made.out.strip().startswith("sftd-")
+    assert f"{key_id}\tci\tuser" in sftd("keys", "ls").out
+    assert sftd("keys", "rm", key_id).code == 0
+    assert key_id not in sftd("keys", "ls").out
+
+
+def test_check_counts_rows_and_names_mistakes(sftd: Callable[..., Outcome], rows: Path) -> None:
+    assert "1 rows, format prompt_completion" in sftd("check", rows).out
+    rows.write_text('{"prompt": "a"}\n')
+    refused = sftd("check", rows)
+    assert (refused.code, "line 1" in refused.err) == (2, True)
+    assert sftd("check", rows.parent / "none").code == 2
+
+
+def test_no_server_ends_with_three(
+    sftd: Callable[..., Outcome], scripted: "ScriptedServer", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted.close()
+    monkeypatch.setenv("SFTD_URL", scripted.url)
+    monkeypatch.setenv("SFTD_API_KEY", "key")
+    monkeypatch.setattr("sftd._transport.backoff_seconds", lambda *_, **__: 0)
+
+    failed = sftd("ls")
+
+    assert (failed.code, failed.err.count("\n")) == (3, 1)
+    assert "Nothing listens" in failed.err
+
+
+def test_mistakes_in_the_call_end_with_two(sftd: Callable[..., Outcome]) -> None:
+    assert sftd("ls").code == 2  # no address
+    assert sftd("submit").code == 2
+    assert sftd("nonsense").code == 2
+    assert sftd("keys", "add", "x", "--role", "king").code == 2
+
+
+def test_a_log_line_cannot_steer_the_terminal(
+    sftd: Callable[..., Outcome], scripted: "ScriptedServer", answer: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFTD_URL", scripted.url)
+    monkeypatch.setenv("SFTD_API_KEY", "key")
+    line = {
+        "id": 1,
+        "attempt": 1,
+        "text": "a\x1b]0;evil\x07b\x9b31m [red]x[/red]",
+        "created_at": "2026-01-01T00:00:00Z",
+    }
+    scripted.will_answer(answer(body={"data": [line], "has_more": False, "next_after": None}))
+
+    out = sftd("logs", "job_1").out
+
+    assert not any(char in out for char in "\x1b\x07\x9b")
+    assert "[red]x[/red]" in out
+
+
+def test_every_command_explains_itself(sftd: Callable[..., Outcome]) -> None:
+    listed = sftd("--help").out
+
+    documented = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    for command in COMMANDS:
+        assert command in listed
+        assert f"`sftd {command}" in documented
+        assert sftd(command, "--help").code == 0

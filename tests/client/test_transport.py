@@ -1,0 +1,160 @@
+"""One request: what is sent again, what is raised, what is never sent twice."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sftd import errors
+from sftd._transport import Transport
+from sftd.errors import ApiError, ConfigurationError, ConnectionFailed, SequenceGap
+
+if TYPE_CHECKING:
+    from conftest import ScriptedServer
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (400, errors.Invalid),
+        (401, errors.AuthenticationError),
+        (403, errors.PermissionDenied),
+        (404, errors.NotFound),
+        (409, errors.Conflict),
+        (413, errors.TooLarge),
+        (416, errors.SequenceGap),
+        (422, errors.Invalid),
+        (418, errors.ApiError),
+    ],
+)
+def test_a_refusal_is_raised_by_its_status_and_not_repeated(
+    scripted: "ScriptedServer", error_answer: Callable[..., Any], status: int, expected: type[ApiError]
+) -> None:
+    refusal = error_answer(status, message="why", code="c", param="p", headers={"x-request-id": "req_1"})
+    scripted.will_answer(refusal)
+
+    with pytest.raises(ApiError, match="why") as raised:
+        scripted.client().jobs.retrieve("job_1")
+
+    error = raised.value
+    assert type(error) is expected
+    assert (error.status, error.code, error.param, error.request_id) == (status, "c", "p", "req_1")
+    assert len(scripted.requests) == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 507])
+def test_a_passing_trouble_is_tried_again(
+    scripted: "ScriptedServer", error_answer: Callable[..., Any], job_answer: Callable[..., Any], status: int
+) -> None:
+    scripted.will_answer(error_answer(status), error_answer(status), job_answer())
+
+    assert scripted.client().jobs.retrieve("job_1").id == "job_1"
+    assert len(scripted.requests) == 3
+
+
+def test_retries_end(scripted: "ScriptedServer", error_answer: Callable[..., Any]) -> None:
+    scripted.will_answer(error_answer(503))
+
+    with pytest.raises(errors.ServerError):
+        scripted.client(max_retries=3).jobs.retrieve("job_1")
+
+    assert len(scripted.requests) == 4
+    assert all(0 <= pause <= 8 for pause in scripted.pauses)
+
+
+def test_retry_after_is_honoured_within_reason(
+    scripted: "ScriptedServer", error_answer: Callable[..., Any], job_answer: Callable[..., Any]
+) -> None:
+    wait = error_answer(429, headers={"Retry-After": "7"})
+    scripted.will_answer(wait, error_answer(503, headers={"Retry-After": "86400"}), job_answer())
+
+    scripted.client().jobs.retrieve("job_1")
+
+    assert scripted.pauses == [7, 60]
+
+
+def test_a_broken_connection_is_tried_again(
+    scripted: "ScriptedServer", answer: Callable[..., Any], job_answer: Callable[..., Any]
+) -> None:
+    scripted.will_answer(answer(cut=0), answer(body=b"{" * 100, cut=10), job_answer())
+
+    assert scripted.client().jobs.retrieve("job_1").id == "job_1"
+
+
+def test_a_job_is_posted_with_one_idempotency_key_for_all_tries(
+    scripted: "ScriptedServer", answer: Callable[..., Any], job_answer: Callable[..., Any]
+) -> None:
+    client = scripted.client()
+    scripted.will_answer(answer(cut=0), job_answer())
+    client.jobs.create(base_model="org/model", training_file="file_1")
+    client.jobs.create(base_model="org/model", training_file="file_1")
+
+    first, again, other = (request.headers["idempotency-key"] for request in scripted.requests)
+    assert first == again != other
+    assert scripted.requests[1].json == {"base_model": "org/model", "training_file": "file_1"}
+    assert scripted.requests[1].headers["authorization"] == "Bearer key"
+
+
+def test_a_key_is_never_made_twice(scripted: "ScriptedServer", answer: Callable[..., Any]) -> None:
+    scripted.will_answer(answer(cut=0))
+
+    with pytest.raises(ConnectionFailed):
+        scripted.client().keys.create(name="ci")
+
+    assert len(scripted.requests) == 1
+
+
+def test_an_answer_that_is_not_ours_says_check_the_address(
+    scripted: "ScriptedServer", answer: Callable[..., Any]
+) -> None:
+    scripted.will_answer(answer(body=b"<html>It works!</html>"))
+
+    with pytest.raises(ConnectionFailed, match="check the address"):
+        scripted.client().jobs.retrieve("job_1")
+
+
+def test_a_redirect_is_not_followed(scripted: "ScriptedServer", answer: Callable[..., Any]) -> None:
+    scripted.will_answer(answer(302, headers={"Location": "https://elsewhere/"}))
+
+    with pytest.raises(ConnectionFailed, match="elsewhere"):
+        scripted.client(max_retries=0).jobs.retrieve("job_1")
+
+
+def test_nothing_listens(scripted: "ScriptedServer") -> None:
+    scripted.close()
+
+    with pytest.raises(ConnectionFailed, match="Nothing listens") as raised:
+        scripted.client(max_retries=0).jobs.retrieve("job_1")
+
+    assert raised.value.refused
+
+
+def test_a_sequence_gap_tells_where_to_go_on(
+    scripted: "ScriptedServer", error_answer: Callable[..., Any]
+) -> None:
+    scripted.will_answer(error_answer(416, headers={"X-Expected-Seq": "17"}))
+
+    with pytest.raises(SequenceGap) as raised:
+        Transport(scripted.url, "key").request("POST", "/x")
+
+    assert raised.value.expected == 17
+
+
+def test_ids_cannot_change_the_path(scripted: "ScriptedServer", error_answer: Callable[..., Any]) -> None:
+    scripted.will_answer(error_answer(404))
+
+    with pytest.raises(errors.NotFound):
+        scripted.client().jobs.retrieve("../keys?x=1")
+
+    assert scripted.requests[0].path == "/jobs/..%2Fkeys%3Fx%3D1"
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "", "http://"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="http://host:port"):
+        Transport(url, "key")
+
+
+def test_a_key_with_a_line_break_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="line breaks"):
+        Transport("http://localhost:1", "key\nX-Evil: 1")

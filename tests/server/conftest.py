@@ -1,0 +1,278 @@
+"""A real server for the tests: migrated SQLite file, uvicorn on loopback, a clock that tests move."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+import uvicorn
+
+from sftd_server.app import create_app
+from sftd_server.clock import Clock
+from sftd_server.server import Server
+from sftd_server.settings import Settings
+from sftd_server.workers.reaper import Reaper
+
+T = TypeVar("T")
+ADMIN = "sftd-admin-key-of-the-tests"
+SHA = "ab" * 32
+ROWS = b'{"prompt": "2+2?", "completion": "4"}\n{"prompt": "3+3?", "completion": "6"}\n'
+
+
+class ManualClock(Clock):
+    """Time that stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "wall", datetime(2030, 1, 1, tzinfo=UTC))
+        object.__setattr__(self, "steady", 1000.0)
+
+    def now(self) -> datetime:
+        return self.wall
+
+    def monotonic(self) -> float:
+        return self.steady
+
+    def advance(self, seconds: float) -> None:
+        object.__setattr__(self, "steady", self.steady + seconds)
+        self.jump(seconds)
+
+    def jump(self, seconds: float) -> None:
+        """The wall clock alone is set."""
+        object.__setattr__(self, "wall", self.wall + timedelta(seconds=seconds))
+
+
+@dataclass
+class Lease:
+    """A claimed job, and what its worker sends."""
+
+    worker: httpx.Client
+    job_id: str
+    attempt: int
+    token: str
+    answer: dict[str, Any]
+
+    def post(self, kind: str, **body: Any) -> httpx.Response:
+        return self.worker.post(
+            f"/worker/jobs/{self.job_id}/{kind}",
+            json={"attempt": self.attempt, **body},
+            headers={"X-Lease-Token": self.token},
+        )
+
+    def start(self) -> None:
+        assert self.post("heartbeat", started=True).status_code == 200
+
+    def metrics(self, seq: int, *points: tuple[int, dict[str, Any]]) -> httpx.Response:
+        return self.post("metrics", seq=seq, points=[{"step": s, "values": v} for s, v in points])
+
+    def event(self, seq: int, type: str, **data: Any) -> httpx.Response:
+        return self.post("events", seq=seq, events=[{"type": type, "message": type, "data": data}])
+
+    def checkpoint(self, step: int, **more: Any) -> httpx.Response:
+        body = {"step": step, "name": f"checkpoint-{step}", "manifest_sha256": SHA, "files": {}, **more}
+        return self.post("checkpoints", **body)
+
+    def finish(self, state: str = "succeeded", **more: Any) -> httpx.Response:
+        return self.post("finish", state=state, **more)
+
+
+@dataclass
+class Box:
+    """A running server, and what users and workers do with it."""
+
+    app: Any
+    server: Server
+    clock: ManualClock
+    loop: asyncio.AbstractEventLoop
+    url: str
+    reaper: Reaper
+    uvicorn_server: uvicorn.Server
+    thread: threading.Thread
+    clients: list[httpx.Client] = field(default_factory=list)
+    num_claims: int = 0
+
+    def client(self, key: str | None) -> httpx.Client:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        client = httpx.Client(
+            base_url=self.url, headers=headers, timeout=20, verify=False
+        )  # no TLS to set up
+        self.clients.append(client)
+        return client
+
+    @property
+    def admin(self) -> httpx.Client:
+        return self._named("_admin", ADMIN)
+
+    @property
+    def worker(self) -> httpx.Client:
+        return self._named("_worker", self.server.folder.worker_key.read_text().strip())
+
+    def _named(self, name: str, key: str) -> httpx.Client:
+        if name not in self.__dict__:
+            self.__dict__[name] = self.client(key)
+        return self.__dict__[name]
+
+    def key(self, name: str, role: str = "user") -> httpx.Client:
+        answer = self.admin.post("/keys", json={"name": name, "role": role})
+        return self.client(answer.json()["secret"])
+
+    def run(self, awaitable: Awaitable[T]) -> T:
+        """Run something in the server's event loop."""
+        return asyncio.run_coroutine_threadsafe(awaitable, self.loop).result(20)  # type: ignore[arg-type]
+
+    def upload(self, content: bytes = ROWS, name: str = "rows.jsonl") -> str:
+        answer = self.admin.post("/files", files={"file": (name, content)})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    def spec(self, **fields: Any) -> dict[str, Any]:
+        if "training_file" not in fields:
+            fields["training_file"] = self.__dict__.get("_file") or self.upload()
+            self.__dict__["_file"] = fields["training_file"]
+        return {"base_model": "org/model", **fields}
+
+    def submit(self, **fields: Any) -> str:
+        answer = self.admin.post("/jobs", json=self.spec(**fields))
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    def try_claim(self, worker_id: str = "w1", request_id: str | None = None, **more: Any) -> httpx.Response:
+        self.num_claims += 1
+        body = {"worker_id": worker_id, "boot_id": "b1", "gpus": 1, "wait_seconds": 0, **more}
+        return self.worker.post(
+            "/worker/claim", json={"request_id": request_id or f"r{self.num_claims}", **body}
+        )
+
+    def claim(self, worker_id: str = "w1", **more: Any) -> Lease:
+        answer = self.try_claim(worker_id, **more)
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        return Lease(self.worker, found["job_id"], found["attempt"], found["token"], found)
+
+    def running(self, **fields: Any) -> Lease:
+        self.submit(**fields)
+        lease = self.claim()
+        lease.start()
+        return lease
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        return dict(self.admin.get(f"/jobs/{job_id}").json())
+
+    def state(self, job_id: str) -> str:
+        return str(self.job(job_id)["state"])
+
+    def events(self, job_id: str) -> list[str]:
+        return [event["type"] for event in self.admin.get(f"/jobs/{job_id}/events").json()["data"]]
+
+    def reap(self) -> int:
+        return self.run(self.reaper.tick())
+
+    def begin_stop(self) -> None:
+        for client in self.clients:
+            client.close()
+        if self.thread.is_alive() and not self.uvicorn_server.should_exit:
+            self.loop.call_soon_threadsafe(self.server.begin_stop)
+            self.uvicorn_server.should_exit = True
+
+    def stop(self) -> None:
+        self.begin_stop()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+    def expire(self) -> int:
+        """Let the lease time pass and look."""
+        self.clock.advance(31)
+        return self.reap()
+
+
+def start_box(data: Path, clock: ManualClock | None = None, **settings: Any) -> Box:
+    """A server in a thread of its own, once it listens."""
+    whole = {"admin_key": ADMIN, "reap_seconds": 3600, "backoff_seconds": 0, **settings}
+    clock = clock or ManualClock()
+    app = create_app(Settings(data=data, **whole), clock)
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none"))
+    loop = asyncio.new_event_loop()
+    ready = threading.Event()
+
+    async def serve() -> None:
+        serving = asyncio.create_task(uvicorn_server.serve())
+        while not uvicorn_server.started and not serving.done():
+            await asyncio.sleep(0.005)
+        ready.set()
+        await serving
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
+    thread.start()
+    assert ready.wait(20)
+    assert uvicorn_server.started, "the server did not start"
+    port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
+    server, url = app.state.server, f"http://127.0.0.1:{port}"
+    return Box(app, server, clock, loop, url, Reaper(server), uvicorn_server, thread)
+
+
+@pytest.fixture(scope="session")
+def stopping() -> Iterator[list[Box]]:
+    """Servers that have been told to stop: uvicorn takes its time, and the next test need not wait for it."""
+    boxes: list[Box] = []
+    yield boxes
+    for box in boxes:
+        box.stop()
+
+
+@pytest.fixture
+def make_box(tmp_path: Path, stopping: list[Box]) -> Iterator[Callable[..., Box]]:
+    boxes: list[Box] = []
+
+    def make(**settings: Any) -> Box:
+        boxes.append(start_box(tmp_path / "data", **settings))
+        return boxes[-1]
+
+    yield make
+    for box in boxes:
+        box.begin_stop()
+    stopping += boxes
+
+
+@pytest.fixture
+def box(make_box: Callable[..., Box]) -> Box:
+    return make_box()
+
+
+@pytest.fixture(scope="module")
+def shared_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    """One server for a whole module: for tests that each bring their own job and mind no others."""
+    box = start_box(tmp_path_factory.mktemp("shared") / "data")
+    yield box
+    box.stop()
+
+
+@pytest.fixture
+def read_events() -> Callable[[str], list[dict[str, str]]]:
+    """Server-sent events of a whole stream, as dictionaries of their fields; comments are left out."""
+
+    def read(text: str) -> list[dict[str, str]]:
+        frames = [frame for frame in text.split("\n\n") if frame and not frame.startswith(":")]
+        return [dict(line.split(": ", 1) for line in frame.split("\n")) for frame in frames]
+
+    return read
+
+
+@pytest.fixture
+def assert_error() -> Callable[[httpx.Response, int, str], dict[str, Any]]:
+    """The one error shape, with this status and code."""
+
+    def check(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
+        assert answer.status_code == status, answer.text
+        body = json.loads(answer.text)
+        assert list(body) == ["error"]
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        assert body["error"]["code"] == code, body
+        assert answer.headers["x-request-id"].startswith("req_")
+        return dict(body["error"])
+
+    return check

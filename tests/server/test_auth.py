@@ -1,0 +1,141 @@
+"""Keys: which role opens which route, expiry, and where secrets are not."""
+
+import base64
+import re
+
+import pytest
+
+EXPECTED = {
+    # route → status by role; what is not here: users and admins pass the gate, workers get 403
+    ("POST", "/keys"): {"admin": 422, "user": 403, "worker": 403},
+    ("GET", "/keys"): {"admin": 200, "user": 403, "worker": 403},
+    ("DELETE", "/keys/{key_id}"): {"admin": 404, "user": 403, "worker": 403},
+    ("GET", "/healthz"): {"admin": 200, "user": 200, "worker": 200},
+}
+
+
+def operations(app) -> list[tuple[str, str]]:
+    paths = app.openapi()["paths"]
+    return [(method.upper(), path) for path, methods in paths.items() for method in methods] + [
+        ("GET", "/docs"),
+        ("GET", "/docs/start.js"),
+        ("GET", "/docs/static/swagger-ui-bundle.js"),
+        ("GET", "/openapi.json"),
+        ("GET", "/nothing/here"),
+    ]
+
+
+def test_every_route_for_every_role(shared_box) -> None:
+    clients = {"admin": shared_box.admin, "user": shared_box.key("u"), "worker": shared_box.worker}
+    for method, path in operations(shared_box.app):
+        for role, client in clients.items():
+            answer = client.request(
+                method, re.sub(r"{\w+}", "1", path), json={} if method == "POST" else None
+            )
+            for_workers = path.startswith("/worker/")
+            expected = EXPECTED.get((method, path), {}).get(role)
+            if expected is not None:
+                assert answer.status_code == expected, (method, path, role)
+            elif for_workers != (role == "worker"):
+                assert answer.status_code == 403, (method, path, role)
+            else:
+                assert answer.status_code not in (401, 403), (method, path, role)
+
+
+def test_an_admin_makes_lists_and_deletes_keys(box, assert_error) -> None:
+    made = box.admin.post("/keys", json={"name": "ci"}).json()
+    client = box.client(made["secret"])
+
+    assert client.get("/jobs").status_code == 200
+    listed = box.admin.get("/keys")
+    assert {key["name"] for key in listed.json()["data"]} == {"admin", "worker", "ci"}
+    assert made["secret"] not in listed.text
+    assert_error(box.admin.post("/keys", json={"name": "ci"}), 409, "name_taken")
+    assert box.admin.delete(f"/keys/{made['id']}").status_code == 204
+    assert_error(client.get("/jobs"), 401, "invalid_key")
+    assert_error(box.admin.delete(f"/keys/{made['id']}"), 404, "unknown_key")
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"name": ""}, {"name": "a\nb"}, {"name": "a", "role": "root"}, {"name": 3}]
+)
+def test_a_malformed_key_request_is_refused(shared_box, assert_error, body: dict) -> None:
+    assert_error(shared_box.admin.post("/keys", json=body), 422, "invalid_request")
+
+
+def test_an_unknown_field_names_its_neighbour(shared_box) -> None:
+    answer = shared_box.admin.post("/keys", json={"name": "x", "rol": "user"})
+
+    assert answer.json()["error"]["message"] == "rol: unknown field; did you mean role?"
+
+
+def test_a_key_ends_when_it_said(box, assert_error) -> None:
+    secret = box.admin.post("/keys", json={"name": "short", "expires_in_seconds": 60}).json()["secret"]
+    client = box.client(secret)
+
+    box.clock.advance(59)
+    assert client.get("/jobs").status_code == 200
+    box.clock.advance(2)
+    assert_error(client.get("/jobs"), 401, "expired_key")
+
+
+def test_the_built_in_keys_stay(box, assert_error) -> None:
+    for key_id in ("key_admin", "key_worker"):
+        assert_error(box.admin.delete(f"/keys/{key_id}"), 409, "built_in_key")
+
+
+@pytest.mark.parametrize("given", ["", "Bearer", "Basic x", "Bearer \xe9", "sftd-admin-key-of-the-tests"])
+def test_a_malformed_header_is_no_key(shared_box, given: str) -> None:
+    answer = shared_box.client(None).get("/jobs", headers={"authorization": given.encode("latin-1")})
+
+    assert answer.status_code == 401
+
+
+def test_a_browser_opens_the_docs_with_the_key_as_password_and_nothing_else(shared_box) -> None:
+    key = "sftd-admin-key-of-the-tests"
+    basic = {"authorization": "Basic " + base64.b64encode(f"me:{key}".encode()).decode()}
+    browser = shared_box.client(None)
+
+    assert browser.get("/docs").headers["www-authenticate"].startswith("Basic ")
+    page = browser.get("/docs", headers=basic)
+    assert page.status_code == 200
+    for link in re.findall(r'(?:src|href)="([^"]+)"', page.text):
+        assert not link.startswith("http")  # a GPU box is often offline
+        assert browser.get(f"/{link}", headers=basic).status_code == 200, link
+    schema = browser.get("/openapi.json", headers=basic).json()
+    assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert browser.get("/jobs", headers=basic).status_code == 401
+    wrong = {"authorization": "Basic " + base64.b64encode(b"me:wrong").decode()}
+    assert browser.get("/docs", headers=wrong).status_code == 401
+    assert browser.get("/docs", headers={"authorization": "Basic !!!"}).status_code == 401
+
+
+def test_secret_files_are_for_their_owner_only(box) -> None:
+    folder = box.server.folder.path
+
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for name in ("worker.key", "server.secret", "installation.id"):
+        assert (folder / name).stat().st_mode & 0o777 == 0o600
+    assert not (folder / "admin.key").exists()  # SFTD_ADMIN_KEY was given
+
+
+def test_a_key_is_made_at_the_first_start_and_kept(make_box) -> None:
+    box = make_box(admin_key=None)
+    secret = (box.server.folder.path / "admin.key").read_text().strip()
+    assert (box.server.folder.path / "admin.key").stat().st_mode & 0o777 == 0o600
+    assert box.client(secret).get("/keys").status_code == 200
+    box.stop()
+
+    again = make_box(admin_key=None)
+    assert again.client(secret).get("/keys").status_code == 200
+
+
+def test_secrets_are_in_no_log_and_no_table(box, caplog) -> None:
+    made = box.admin.post("/keys", json={"name": "ci"}).json()["secret"]
+    box.client(made).get("/jobs/nope")
+    box.client(made[:-1]).get("/jobs")
+
+    stored = b"".join(path.read_bytes() for path in box.server.folder.path.glob("sftd.db*"))
+    for secret in (made, "sftd-admin-key-of-the-tests", box.server.secret):
+        assert secret.encode() not in stored
+        assert secret not in caplog.text

@@ -1,0 +1,154 @@
+"""Keeping and losing a lease: expiry, the grace after a start, clock jumps, stale writes."""
+
+import pytest
+
+WRITES = {
+    "heartbeat": {"started": True},
+    "metrics": {"seq": 0, "points": [{"step": 1, "values": {"loss": 1.0}}]},
+    "logs": {"seq": 0, "lines": ["late"]},
+    "events": {"seq": 0, "events": [{"type": "notice", "message": "late"}]},
+    "checkpoints": {"step": 1, "name": "checkpoint-1", "manifest_sha256": "ab" * 32, "files": {}},
+    "finish": {"state": "succeeded"},
+    "release": {"message": "late"},
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_every_write_of_an_old_attempt_is_refused(box, assert_error, kind: str) -> None:
+    old = box.running()
+    box.expire()
+    new = box.claim("w2")
+
+    assert_error(old.post(kind, **WRITES[kind]), 409, "stale_lease")
+    assert (new.attempt, box.state(new.job_id)) == (2, "claimed")
+    assert box.admin.get(f"/jobs/{new.job_id}/logs").json()["data"] == []
+
+
+def test_every_write_with_a_wrong_token_or_attempt_is_refused(box, assert_error) -> None:
+    lease = box.running()
+    token = lease.token
+    for kind, body in WRITES.items():
+        lease.token, lease.attempt = "0" * 32, 1
+        assert_error(lease.post(kind, **body), 409, "stale_lease")
+        lease.token, lease.attempt = token, 2
+        assert_error(lease.post(kind, **body), 409, "stale_lease")
+
+    assert box.state(lease.job_id) == "running"
+
+
+def test_every_write_needs_a_token(box, assert_error) -> None:
+    lease = box.running()
+
+    for kind, body in WRITES.items():
+        answer = box.worker.post(f"/worker/jobs/{lease.job_id}/{kind}", json={"attempt": 1, **body})
+
+        assert assert_error(answer, 422, "invalid_request")["param"] == "X-Lease-Token"
+
+
+def test_the_token_of_one_job_opens_no_other(box, assert_error) -> None:
+    one, other = box.running(), box.running()
+    one.job_id = other.job_id
+
+    assert_error(one.finish(), 409, "stale_lease")
+
+
+def test_a_silent_worker_loses_its_job_to_another(box) -> None:
+    lease = box.running()
+    box.clock.advance(29)
+    assert box.reap() == 0
+
+    box.clock.advance(2)
+    assert box.reap() == 1
+
+    assert box.state(lease.job_id) == "queued"
+    assert box.events(lease.job_id)[-1] == "lease_expired"
+    assert box.claim("w2").attempt == 2
+
+
+def test_heartbeats_keep_a_job_for_ever(box) -> None:
+    lease = box.running()
+
+    for _ in range(5):
+        box.clock.advance(20)
+        lease.start()
+        assert box.reap() == 0
+
+
+def test_a_job_claimed_but_not_started_goes_back_without_being_a_failure(box) -> None:
+    job_id = box.submit()
+    lease = box.claim()
+    box.clock.advance(40)
+    box.reap()
+    lease = box.claim()
+    box.clock.advance(16)
+    lease.post("heartbeat", started=False)
+
+    box.reap()
+
+    assert box.state(job_id) == "queued"
+    assert box.events(job_id)[-1] == "not_started"
+    assert box.claim().attempt == 3
+
+
+def test_after_a_start_no_job_is_taken_back_for_a_lease_time(make_box) -> None:
+    box = make_box()
+    lease = box.running()
+    box.stop()
+    box.clock.advance(3600)  # the server is away for an hour
+
+    again = make_box(clock=box.clock)
+    lease.worker = again.worker
+    again.clock.advance(29)
+
+    assert again.reap() == 0
+    lease.start()
+    assert again.state(lease.job_id) == "running"
+    again.clock.advance(29)
+    assert again.reap() == 0
+    again.clock.advance(2)
+    assert again.reap() == 1
+
+
+@pytest.mark.parametrize("seconds", [3600, -3600])
+def test_a_jump_of_the_clock_takes_no_job_back(box, seconds: float) -> None:
+    lease = box.running()
+    box.clock.advance(31)
+    lease.start()
+    box.reap()
+
+    box.clock.jump(seconds)
+    assert box.reap() == 0
+    box.clock.advance(29)
+    assert box.reap() == 0
+
+    assert box.state(lease.job_id) == "running"
+    assert box.events(lease.job_id)[-1] == "clock_jump"
+    box.clock.advance(2)
+    assert box.reap() == 1  # and none is kept for longer than a lease
+
+
+def test_a_job_that_kills_its_workers_fails_at_the_fifth(box) -> None:
+    lease = box.running()
+    lease.post("logs", seq=0, lines=["the last words"])
+    for number in range(1, 6):
+        box.expire()
+        if number < 5:
+            assert box.state(lease.job_id) == "queued"
+            box.clock.advance(61)
+            box.claim().start()
+
+    job = box.job(lease.job_id)
+    assert (job["state"], job["failure"]["reason"]) == ("failed", "worker_lost")
+    assert job["failure"]["log_tail"] == ["the last words"]
+    assert box.events(lease.job_id).count("failed") == 1
+
+
+def test_a_job_that_gets_on_between_losses_is_never_given_up(box) -> None:
+    lease = box.running()
+    for number in range(1, 9):
+        lease.checkpoint(number)
+        box.expire()
+        assert box.state(lease.job_id) == "queued"
+        box.clock.advance(61)
+        lease = box.claim()
+        lease.start()

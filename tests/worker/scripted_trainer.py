@@ -1,0 +1,113 @@
+"""A trainer that does what a script says. `python scripted_trainer.py SCRIPT.json WORKDIR`. It writes the real protocol.
+
+Keys of the script: steps, step_seconds, checkpoint_every, ignore_signals, silent_seconds (before the first line), end
+(succeeded | exception | exit | kill | torn), at (the step of the end), log (a line for each step), save_seconds,
+launcher (the work is done by a child in a session of its own, as under torchrun), daemon (leave a process behind).
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+script = json.loads(Path(sys.argv[1]).read_text())
+workdir = Path(sys.argv[2])
+job = json.loads((workdir / "job.json").read_text())
+asked: list[int] = []
+
+
+def main() -> None:
+    if script.get("launcher") and "RANK" not in os.environ:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        rank = subprocess.Popen(
+            [sys.executable, *sys.argv], env={**os.environ, "RANK": "0"}, start_new_session=True
+        )
+        sys.exit(rank.wait())
+    if script.get("daemon"):
+        left = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        (workdir / "pids.txt").open("a").write(f"{left.pid}\n")
+    (workdir / "environment.json").write_text(json.dumps(dict(os.environ)))
+    (workdir / "pids.txt").open("a").write(f"{os.getpid()}\n")
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, on_signal)
+    time.sleep(script.get("silent_seconds", 0))
+    start = int(job["resume_from"].rsplit("-", 1)[1]) if job["resume_from"] else 0
+    steps = script.get("steps", 3)
+    say(
+        type="event-run",
+        message="starting",
+        data={"start_step": start, "total_steps": steps, "resumed_from": start},
+    )
+    for step in range(start + 1, steps + 1):
+        time.sleep(script.get("step_seconds", 0))
+        say(type="step", step=step, values={"loss": 1 / step, "nan": "NaN"})
+        say(type="log", text=script.get("log", f"step {step}"))
+        if step == script.get("at"):
+            end_badly()
+        if step % script.get("checkpoint_every", 10**9) == 0:
+            save(step)
+        if asked and not script.get("ignore_signals"):
+            if signal.SIGTERM not in asked:
+                time.sleep(script.get("save_seconds", 0))
+                save(step)
+            say(type="end", outcome="stopped")
+            return
+    results = workdir / "results"
+    results.mkdir(exist_ok=True)
+    (results / "model.txt").write_text("trained")
+    files = {"model.txt": {"bytes": 7, "sha256": hashlib.sha256(b"trained").hexdigest()}}
+    say(type="end", outcome="succeeded", files=files)
+
+
+def end_badly() -> None:
+    how = script["end"]
+    if how == "exception":
+        say(type="end", outcome="failed", reason="diverged", message="The loss is NaN at step 2.")
+        sys.exit(1)
+    if how == "exit":
+        print("RuntimeError: something broke", file=sys.stderr, flush=True)
+        os._exit(3)
+    if how == "torn":
+        with (workdir / "logs/events.jsonl").open("a") as file:
+            file.write('{"type": "step", "attempt": 1, "at": 0, "st')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save(step: int) -> None:
+    folder = workdir / "checkpoints" / f"checkpoint-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    content = f"weights of step {step}".encode()
+    (folder / "adapter.safetensors").write_bytes(content)
+    files = {"adapter.safetensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    manifest = json.dumps(
+        {"step": step, "attempt": job["attempt"], "config_sha256": "", "world_size": 1, "files": files}
+    )
+    (folder / "manifest.json").write_text(manifest)
+    digest = hashlib.sha256(manifest.encode()).hexdigest()
+    say(
+        type="checkpoint",
+        step=step,
+        name=folder.name,
+        manifest_sha256=digest,
+        files=files,
+        metrics={"loss": 0.5},
+    )
+
+
+def say(**line: object) -> None:
+    line = {"attempt": job["attempt"], "at": time.time(), **line}
+    line["type"] = str(line["type"]).removeprefix("event-")
+    with (workdir / "logs/events.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def on_signal(number: int, frame: object) -> None:
+    asked.append(number)
+    (workdir / "signals.txt").open("a").write(f"{signal.Signals(number).name}\n")
+
+
+main()

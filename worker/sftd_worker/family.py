@@ -1,0 +1,82 @@
+"""A process and all that descend from it, by /proc. torchrun gives each rank a session of its own, so that signals to
+one process group reach the launcher only; and what outlives its parent would otherwise be nobody's. Linux only.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import time
+from pathlib import Path
+
+BURY_SECONDS = 5.0
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Descendants of this process whose parent dies become its children, not init's: so they can be found."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, parents before children. What comes and goes meanwhile may be missed."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (parent := _parent(entry)) is not None:
+            children.setdefault(parent, []).append(int(entry.name))
+    found: list[int] = []
+    waiting = [pid]
+    while waiting:
+        below = children.get(waiting.pop(0), [])
+        found += below
+        waiting += below
+    return found
+
+
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Has the process a handler of its own for this signal? Without one, SIGUSR1 would end it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process that may be gone already."""
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return
+
+
+def end_orphans(*, besides: int) -> None:
+    """Kill and bury what a dead trainer left to this process. One that hangs in the kernel is not waited for."""
+    left = [pid for pid in descendants(os.getpid()) if pid != besides]
+    for pid in left:
+        send(pid, signal.SIGKILL)
+    deadline = time.monotonic() + BURY_SECONDS
+    for pid in left:
+        _bury(pid, deadline - time.monotonic())
+
+
+def _bury(pid: int, seconds: float) -> None:
+    try:
+        handle = os.pidfd_open(pid)
+    except OSError:  # gone, and buried by its own parent
+        return
+    try:
+        select.select([handle], [], [], max(0.0, seconds))
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return
+    finally:
+        os.close(handle)
+
+
+def _parent(entry: Path) -> int | None:
+    try:
+        return int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (OSError, IndexError, ValueError):
+        return None

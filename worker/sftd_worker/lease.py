@@ -1,0 +1,126 @@
+"""The lease on a job: renewed by heartbeats for as long as the attempt lives, and given up the moment it is lost.
+
+A lease is lost when the server says so (409), or when 0.8 of its length has passed since the last heartbeat that the
+server acknowledged was *sent*: by then the server may soon hand the job on, and this worker must have let go. A refused
+connection counts like an acknowledgement: it shows that no server runs, and a server that starts extends every lease.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from sftd._transport import Transport, backoff_seconds
+from sftd.errors import ApiError, Conflict, ConnectionFailed, NotFound, SftdError
+from sftd.protocol import TOKEN_HEADER, Directive, Heartbeat, Lease
+from sftd.schemas import Want
+
+log = logging.getLogger("sftd.worker")
+
+HEARTBEAT_TIMEOUT_SECONDS = 5.0  # beyond the time that the server may hold the answer
+FENCE_SHARE = 0.8
+
+
+class LeaseKeeper:
+    """Sends heartbeats from a thread of its own and keeps what they bring: `want`, and `lost` once it is."""
+
+    def __init__(
+        self, lease: Lease, transport: Transport, *, wait_seconds: float, on_news: Callable[[], None]
+    ) -> None:
+        self.lease = lease
+        self.want = Want.RUN
+        self.lost: str | None = None  # why
+        self.heard = False  # the server has confirmed the lease
+        self.step = 0  # the newest step, set by the shipper, told to the server
+        self._transport = transport
+        # Held answers must leave room for several tries before the fence.
+        self._wait_seconds = min(wait_seconds, lease.lease_seconds / 8)
+        self._on_news = on_news
+        self._acknowledged_at = time.monotonic()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop sending heartbeats. One that is under way ends by itself and changes nothing any more."""
+        self._closed.set()
+
+    @property
+    def fence_at(self) -> float:
+        """When the lease must be given up if nothing is heard, on the monotonic clock."""
+        return self._acknowledged_at + FENCE_SHARE * self.lease.lease_seconds
+
+    def still_held(self) -> bool:
+        """May this attempt go on? Asked by the attempt itself, so that it ends in time even if the thread hangs."""
+        if self.lost is None and time.monotonic() >= self.fence_at:
+            self.lose("the server was not heard in time")
+        return self.lost is None
+
+    def lose(self, why: str) -> None:
+        """The lease is lost; every thread of the attempt sees it. Safe to call twice."""
+        if self.lost is None:
+            self.lost = why
+            self._closed.set()
+            self._on_news()
+
+    def _run(self) -> None:
+        try:
+            self._beat_until_closed()
+        except Exception as error:  # the edge of a thread: without heartbeats the attempt must end
+            log.exception("heartbeats of %s ended by a mistake of ours", self.lease.job_id)
+            self.lose(f"heartbeats ended: {error!r}")
+
+    def _beat_until_closed(self) -> None:
+        num_failures = 0
+        while not self._closed.is_set():
+            sent_at = time.monotonic()
+            try:
+                directive = self._beat()
+            except (Conflict, NotFound) as error:
+                self.lose(str(error))
+                return
+            except SftdError as error:
+                self._missed(error, sent_at, num_failures)
+                num_failures += 1
+                continue
+            num_failures = 0
+            self._acknowledged_at = sent_at
+            is_news = directive.want is not self.want or not self.heard
+            self.want, self.heard = directive.want, True
+            if is_news:
+                self._on_news()
+            elif time.monotonic() - sent_at < self._wait_seconds / 2:
+                self._closed.wait(
+                    self._wait_seconds / 2
+                )  # a server that does not hold the answer is not flooded
+
+    def _missed(self, error: SftdError, sent_at: float, num_failures: int) -> None:
+        """A heartbeat was not acknowledged: wait before the next, which must come well before the fence."""
+        if isinstance(error, ConnectionFailed) and error.refused:
+            self._acknowledged_at = sent_at
+        if num_failures == 0:
+            log.warning("heartbeat of %s failed, trying on: %s", self.lease.job_id, error)
+        most = self.lease.lease_seconds / 8
+        asked = (isinstance(error, ApiError) and error.retry_after_seconds) or 0.1
+        self._closed.wait(min(most, max(asked, backoff_seconds(num_failures, first=0.2, most=most))))
+
+    def _beat(self) -> Directive:
+        beat = Heartbeat(
+            attempt=self.lease.attempt,
+            started=True,
+            step=self.step,
+            seen_want=self.want,
+            # The first answer is wanted at once: the job may have been cancelled on its way here.
+            wait_seconds=self._wait_seconds if self.heard else 0,
+        )
+        seconds = self._wait_seconds + min(HEARTBEAT_TIMEOUT_SECONDS, self.lease.lease_seconds / 4)
+        return self._transport.request(
+            "POST",
+            f"/worker/jobs/{self.lease.job_id}/heartbeat",
+            body=beat,
+            headers={TOKEN_HEADER: self.lease.token},
+            timeout_seconds=seconds,
+            max_retries=0,
+        ).parse(Directive)

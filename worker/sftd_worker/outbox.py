@@ -1,0 +1,116 @@
+"""Calls of one attempt to the server: what to do about one that fails is decided in one place, `decide`."""
+
+import enum
+import logging
+import threading
+from collections.abc import Callable
+
+from pydantic import BaseModel
+
+from sftd._transport import Transport, backoff_seconds
+from sftd.errors import (
+    ApiError,
+    Conflict,
+    ConnectionFailed,
+    Invalid,
+    NotFound,
+    SequenceGap,
+    ServerError,
+    SftdError,
+    Throttled,
+    TooLarge,
+)
+from sftd.protocol import TOKEN_HEADER
+from sftd_worker.lease import LeaseKeeper
+
+log = logging.getLogger("sftd.worker")
+
+CALL_TIMEOUT_SECONDS = 20.0
+
+
+class Verdict(enum.Enum):
+    """What to do about a call that failed."""
+
+    FENCED = "the lease is lost: send nothing any more"
+    REWIND = "the stream stands elsewhere: go on where the server says"
+    DROP = "it will never be taken: record it and go on"
+    RETRY = "send it again"
+
+
+def decide(error: SftdError) -> Verdict:
+    """The worker's one rule for failed calls (worker protocol, section 4)."""
+    match error:
+        case Conflict(code="checkpoint_backwards" | "wrong_state"):
+            return Verdict.DROP
+        case Conflict() | NotFound():
+            return Verdict.FENCED
+        case SequenceGap():
+            return Verdict.REWIND
+        case TooLarge() | Invalid():
+            return Verdict.DROP
+        case Throttled() | ServerError() | ConnectionFailed():
+            return Verdict.RETRY
+        case _:  # 401, 403: a key may be put right while the lease lives
+            return Verdict.RETRY
+
+
+class Fenced(Exception):
+    """The lease is lost; nothing more may be sent."""
+
+
+class Refused(Exception):
+    """The server will never take this."""
+
+
+class Outbox:
+    """Calls of one attempt: sent until they are answered, or the lease is lost, or they are called off."""
+
+    def __init__(self, transport: Transport, keeper: LeaseKeeper) -> None:
+        self._transport = transport
+        self._keeper = keeper
+        self._called_off = threading.Event()
+
+    def call_off(self) -> None:
+        """Stop trying: the worker has to go."""
+        self._called_off.set()
+
+    def send(
+        self,
+        call: str,
+        body: BaseModel,
+        *,
+        pause: Callable[[float], object] | None = None,
+        given_up: Callable[[], bool] | None = None,
+    ) -> bytes:
+        """Send one call. Raises SequenceGap, Refused, or Fenced. The main thread brings its own way to wait."""
+        pause = pause or self._called_off.wait
+        given_up = given_up or self._called_off.is_set
+        num_failures = 0
+        while self._keeper.still_held() and not given_up():
+            try:
+                return self._once(call, body)
+            except SftdError as error:
+                verdict = decide(error)
+                if verdict is Verdict.REWIND:
+                    raise
+                if verdict is Verdict.DROP:
+                    raise Refused(str(error)) from error
+                if verdict is Verdict.FENCED:
+                    self._keeper.lose(str(error))
+                    break
+                if num_failures == 0:
+                    log.warning("%s of %s failed, trying on: %s", call, self._keeper.lease.job_id, error)
+                asked = isinstance(error, ApiError) and error.retry_after_seconds
+            pause(asked or backoff_seconds(num_failures, first=0.1, most=15.0))
+            num_failures += 1
+        raise Fenced(self._keeper.lost or "given up, the worker is being stopped")
+
+    def _once(self, call: str, body: BaseModel) -> bytes:
+        return self._transport.request(
+            "POST",
+            f"/worker/jobs/{self._keeper.lease.job_id}/{call}",
+            body=body,
+            headers={TOKEN_HEADER: self._keeper.lease.token},
+            timeout_seconds=CALL_TIMEOUT_SECONDS,
+            max_retries=0,
+        ).content

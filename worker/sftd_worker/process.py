@@ -1,0 +1,185 @@
+"""The trainer as a process: how it is started, how it is told to stop, and that nothing of it is left.
+
+It runs in a session of its own, dies with the agent, sees an environment made from an allow-list, and holds the locks
+of its devices and its folder for as long as any of its processes lives. What it writes is the shipper's business.
+"""
+
+import enum
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from sftd.tether import tethered
+from sftd_worker import family
+
+OUTPUT_FILE = "logs/trainer_output.txt"
+
+# fmt: off
+_ALLOWED = {
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV",
+    "HUGGING_FACE_HUB_TOKEN", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "REQUESTS_CA_BUNDLE", "XDG_CACHE_HOME",
+    "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+}
+_ALLOWED_PREFIXES = (
+    "LC_", "HF_", "TRANSFORMERS_", "WANDB_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "MKL_", "TORCH_", "SSL_CERT_",
+)
+# fmt: on
+_SECRET_ENDINGS = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
+KILL_WAIT_SECONDS = 20.0
+MIN_SECRET_CHARS = 8  # shorter values would blot out ordinary words
+
+
+class Order(enum.IntEnum):
+    """What the trainer is to do. It only ever gets more severe."""
+
+    RUN = 0
+    SAVE_AND_STOP = 1  # a checkpoint at the next step boundary, then the end
+    STOP = 2  # the end at the next step boundary
+    KILL = 3
+
+
+class Trainer:
+    """A running trainer. Spawn it from the main thread: the tether is bound to the spawning thread's life."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        folder: Path,
+        attempt: int,
+        environment: Mapping[str, str],
+        lock_fds: Sequence[int],
+        save_grace_seconds: float,
+        stop_grace_seconds: float,
+        on_exit: Callable[[], None],
+    ) -> None:
+        self._graces = {
+            Order.SAVE_AND_STOP: save_grace_seconds,
+            Order.STOP: stop_grace_seconds,
+            Order.KILL: KILL_WAIT_SECONDS,
+        }
+        self._on_exit = on_exit
+        self.order = Order.RUN
+        self.deadline: float | None = None  # monotonic; when patience with the order ends
+        self.returncode: int | None = None
+        with (folder / OUTPUT_FILE).open("ab") as output:
+            output.write(f"--- attempt {attempt}, {time.strftime('%Y-%m-%d %H:%M:%S %z')} ---\n".encode())
+            output.flush()
+            self.output_start = output.tell()
+            self._process = subprocess.Popen(
+                tethered([*argv, str(folder)]),
+                cwd=folder,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=tuple(lock_fds),
+            )
+        self._output = folder / OUTPUT_FILE
+        self._watch = threading.Thread(target=self._await_exit, name="trainer-exit", daemon=True)
+        self._watch.start()
+
+    @property
+    def running(self) -> bool:
+        return self.returncode is None
+
+    def obey(self, order: Order) -> None:
+        """Carry out an order; a milder or repeated one changes nothing. Past its deadline any order becomes KILL."""
+        if not self.running:
+            return
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            order = Order.KILL
+        if order <= self.order:
+            return
+        self.order = order
+        self.deadline = time.monotonic() + self._graces[order]
+        self._tell(order)
+
+    def kill(self) -> None:
+        """Kill it and all its processes. Safe to call twice, and when it is gone."""
+        self.obey(Order.KILL)
+
+    @property
+    def hangs(self) -> bool:
+        """Killed, and still there: it hangs in the kernel. Its locks keep the device from others until it goes."""
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        return self.running and self.order is Order.KILL and late
+
+    def describe_exit(self) -> str:
+        """How it ended, for a person."""
+        if self.returncode is not None and self.returncode < 0:
+            number = -self.returncode
+            often = " (often the machine ran out of memory)" if number == signal.SIGKILL else ""
+            return f"The trainer was killed by signal {number}{often}."
+        return f"The trainer ended with exit code {self.returncode}, without a last word."
+
+    def output_tail(self, num_lines: int) -> list[str]:
+        """The last lines that it printed in this attempt."""
+        with self._output.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(self.output_start, end - 64 * 1024))
+            text = file.read().decode("utf-8", errors="replace")
+        return text.splitlines()[-num_lines:]
+
+    def _await_exit(self) -> None:
+        # WNOWAIT leaves the dead leader in place, so that its number cannot be anybody else's while what is left of
+        # it is killed.
+        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        self._kill_group()
+        family.end_orphans(besides=self._process.pid)
+        self.returncode = self._process.wait()
+        self._on_exit()
+
+    def _tell(self, order: Order) -> None:
+        """Signal the trainer and all its processes: the ranks of a launcher are in sessions of their own."""
+        everybody = [self._process.pid, *family.descendants(self._process.pid)]
+        for pid in everybody:
+            if order is Order.SAVE_AND_STOP and family.handles(pid, signal.SIGUSR1):
+                family.send(pid, signal.SIGUSR1)
+            elif order is Order.STOP:
+                family.send(pid, signal.SIGTERM)
+            elif order is Order.KILL:
+                family.send(pid, signal.SIGKILL)
+        if order is Order.KILL:
+            self._kill_group()
+
+    def _kill_group(self) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            return  # gone already
+
+
+def trainer_environment(
+    environment: Mapping[str, str], *, cuda_visible_devices: str, offline: bool
+) -> dict[str, str]:
+    """What the trainer may see of the worker's environment. No SFTD_ name is on the list: keys stay here."""
+    allowed = {
+        name: value
+        for name, value in environment.items()
+        if name in _ALLOWED or name.startswith(_ALLOWED_PREFIXES)
+    }
+    # Unbuffered, so that the last words before a kill are on disk; the fault handler names the line of a crash.
+    allowed |= {
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "CUDA_VISIBLE_DEVICES": cuda_visible_devices,
+    }
+    if offline:
+        allowed["HF_HUB_OFFLINE"] = "1"
+    return allowed
+
+
+def secrets_of(environment: Mapping[str, str]) -> list[str]:
+    """Values of the environment that must never reach a log, longest first."""
+    values = {
+        value
+        for name, value in environment.items()
+        if name.upper().endswith(_SECRET_ENDINGS) and len(value) >= MIN_SECRET_CHARS
+    }
+    return sorted(values, key=len, reverse=True)
