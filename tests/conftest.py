@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # several trainers share few cores; spinning threads would starve them
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # several trainers share few cores; spinning threads would starve them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

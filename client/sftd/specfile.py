@@ -59,7 +59,15 @@ def set_field(spec: Spec, assignment: str) -> None:
         place = place[part]
         if not isinstance(place, dict):
             raise ConfigurationError(f"--set {assignment!r}: {part} has no fields.")
-    place[parts[-1]] = value
+    keep = value is None or isinstance(value, str) or not _is_text(parts)
+    place[parts[-1]] = value if keep else text
+
+
+def _is_text(parts: list[str]) -> bool:
+    """Does the spec hold text here? A commit of digits alone, or a name like 1e5, must not become a number."""
+    if len(parts) == 2:
+        return parts[0] == "metadata" or (parts[0] == "wandb" and parts[1] != "tags")
+    return parts[0] in ("name", "base_model", *FILE_FIELDS)
 
 
 def upload_files(spec: Spec, *, folder: Path, upload: Callable[[Path], str]) -> None:

@@ -91,3 +91,13 @@ def test_local_files_are_uploaded_and_ids_are_left(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_said_before_anything_is_posted(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"rows\.jsonl is neither"):
         upload_files({"training_file": "rows.jsonl"}, folder=tmp_path, upload=lambda path: "")
+
+
+@pytest.mark.parametrize("text", ["0012345", "1e5", "true", "2026-11-22"])
+def test_what_the_spec_holds_as_text_stays_text(text: str) -> None:
+    spec: dict[str, Any] = {}
+
+    for name in ("metadata.commit", "name", "wandb.project"):
+        set_field(spec, f"{name}={text}")
+
+    assert spec == {"metadata": {"commit": text}, "name": text, "wandb": {"project": text}}
