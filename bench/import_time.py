@@ -30,7 +30,9 @@ def main() -> None:
             bare.append(seconds("pass"))
         extra = statistics.median(ours) - statistics.median(bare)
         ratio = statistics.median(ours) / statistics.median(bare)
-        print(json.dumps({"case": name, "extra_seconds": round(extra, 4), "ratio_to_python": round(ratio, 2)}))
+        print(
+            json.dumps({"case": name, "extra_seconds": round(extra, 4), "ratio_to_python": round(ratio, 2)})
+        )
 
 
 if __name__ == "__main__":
