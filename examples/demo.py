@@ -6,6 +6,7 @@ job succeeded and the evaluation loss fell.
 """
 
 import argparse
+import logging
 import os
 import shutil
 import signal
@@ -36,7 +37,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=ROOT / "demo-data")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=128)
     args = parser.parse_args()
     data = args.data.resolve()
     shutil.rmtree(data, ignore_errors=True)
@@ -106,7 +107,7 @@ def train(url: str, data: Path, steps: int) -> tuple[str, int]:
         f"training_file: {DATA_FILE}\n"
         "method: lora\nname: demo\nvalidation_split: 0.1\nmax_seq_length: 512\n"
         f"max_steps: {steps}\nwarmup_steps: 10\nlearning_rate: 3.0e-3\nlr_scheduler: cosine\n"
-        "batch_size: 8\ngradient_accumulation_steps: 2\nsave_steps: 40\neval_steps: 40\n"
+        "batch_size: 8\ngradient_accumulation_steps: 2\nsave_steps: 32\neval_steps: 32\n"
         "gradient_checkpointing: false\nlora: {rank: 32, alpha: 64, dropout: 0.05}\n"
     )
     environment = {**os.environ, "SFTD_URL": url, "SFTD_API_KEY": (data / "admin.key").read_text().strip()}
@@ -145,12 +146,12 @@ def show(url: str, data: Path, job_id: str, model: Path) -> bool:
 
 def answers(model: Path, adapter: Path) -> list[tuple[str, str]]:
     """(before, after) training for every question."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
     disable_progress_bar()
     set_verbosity_error()
