@@ -32,8 +32,9 @@ _PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
+# The address is made whole because fetch refuses a relative one where the page was opened as http://name:key@host.
 _START = """SwaggerUIBundle({
-  url: "openapi.json",
+  url: location.origin + location.pathname.replace(/docs$/, "openapi.json"),
   dom_id: "#swagger-ui",
   deepLinking: true,
   persistAuthorization: true,

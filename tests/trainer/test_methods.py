@@ -256,3 +256,34 @@ def test_an_adapter_can_be_trained_further(run_job: RunJob) -> None:
     second = run_job("second", max_steps=6, job={"adapter_path": str(first.folder / "results")})
 
     assert second.values("loss")[1] < first.values("loss")[1] - 0.05
+
+
+@pytest.mark.parametrize("name", ["q_docs.jsonl", "alpaca_en_demo.json", "glaive_toolcall_sharegpt.json"])
+@pytest.mark.parametrize("bare", [False, True], ids=["with markers", "without template"])
+def test_real_files_train(
+    name: str,
+    bare: bool,
+    run_job: RunJob,
+    build_model: Callable[..., Path],
+    shared_data: Callable[[str], Path],
+) -> None:
+    path = shared_data(name)
+    fields = {
+        "max_steps": 5,
+        "on_overlong": "drop",
+        "max_seq_length": 1024,
+        "validation_split": 0.02,
+        "learning_rate": 5e-3,
+    }
+
+    run = run_job(
+        base_model=str(build_model(with_template=not bare)),
+        job={"training_path": str(path), "training_name": name},
+        **{**fields, "eval_steps": 5},
+    )
+
+    assert run.end is not None
+    assert run.end.outcome == "succeeded", run.end.message
+    assert "longer than 1024 tokens" in run.log
+    first, last = run.evaluations()
+    assert last["eval_loss"] < first["eval_loss"]
