@@ -4,7 +4,10 @@ What may be sent again, and when, is decided in `_pause_before_retry`; what an a
 The client and the worker both speak through a `Transport`; it is safe to use from several threads.
 """
 
+import errno
+import math
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +35,9 @@ Params = Mapping[str, str | int | float | None]
 Body = BaseModel | Mapping[str, Any]  # a message, or a job spec that the server validates
 
 CONNECT_SECONDS = 5.0
+PROBE_SECONDS = 1.0
 MAX_RETRY_AFTER_SECONDS = 60.0
+_NO_WAY = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETUNREACH}  # no IPv6 here, for one
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -87,6 +92,18 @@ class Transport:
 
     def close(self) -> None:
         self._http.close()
+
+    def nothing_listens(self) -> bool:
+        """Do all of the server's addresses refuse a connection? Asked directly: a proxy or one of several addresses
+        may refuse while the server lives."""
+        parts = urlsplit(self.url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+        except OSError:
+            return False
+        answers = [_refuses(family, address) for family, _, _, _, address in found]
+        return True in answers and False not in answers
 
     def request(
         self,
@@ -185,7 +202,7 @@ def _pause_before_retry(error: SftdError, num_failures: int) -> float | None:
     """Seconds to wait before the call is sent again, or None: it must not be. Other 4xx would fail again."""
     if isinstance(error, Throttled | ServerError):
         if error.retry_after_seconds is not None:
-            return min(error.retry_after_seconds, MAX_RETRY_AFTER_SECONDS)
+            return error.retry_after_seconds
     elif not isinstance(error, ConnectionFailed):
         return None
     return backoff_seconds(num_failures, first=0.5, most=8.0)
@@ -207,7 +224,7 @@ def _error_of(response: httpx.Response) -> SftdError:
         code=code,
         param=param,
         request_id=response.headers.get("x-request-id"),
-        retry_after_seconds=_number(response.headers.get("retry-after")),
+        retry_after_seconds=_seconds(response.headers.get("retry-after")),
     )
     if isinstance(error, SequenceGap):
         error.expected = int(_number(response.headers.get("x-expected-seq")) or 0)
@@ -245,12 +262,32 @@ def _timeouts(seconds: float) -> httpx.Timeout:
     return httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
 
 
+def _seconds(text: str | None) -> float | None:
+    """Seconds of Retry-After, within reason: a proxy may ask for hours. Its date form counts as absent."""
+    seconds = _number(text)
+    return None if seconds is None else min(seconds, MAX_RETRY_AFTER_SECONDS)
+
+
 def _number(text: str | None) -> float | None:
-    """Seconds of Retry-After, or a number of a header. The date form of Retry-After counts as absent."""
+    """The number in a header."""
     try:
-        return max(0.0, float(text)) if text else None
+        number = float(text or "nan")
     except ValueError:
         return None
+    return max(0.0, number) if math.isfinite(number) else None
+
+
+def _refuses(family: int, address: Any) -> bool | None:  # address: as getaddrinfo gives it
+    """Does nothing listen there? None where this machine has no way to the address at all."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.settimeout(PROBE_SECONDS)
+            probe.connect(address)
+    except ConnectionRefusedError:
+        return True
+    except OSError as error:
+        return None if error.errno in _NO_WAY else False
+    return False
 
 
 def _checked_url(url: str) -> str:

@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SftdError as error:
         print(f"sftd: {printable_lines(str(error))}", file=sys.stderr)
         sys.exit(exit_code(error))
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"sftd: {printable_lines(str(error))}", file=sys.stderr)
+        sys.exit(2)
 
 
 def exit_code(error: SftdError) -> int:

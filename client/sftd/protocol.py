@@ -141,7 +141,7 @@ class MetricsBatch(Message):
     """`POST /worker/jobs/{id}/metrics`. `seq` numbers the first point within the attempt, from 0."""
 
     attempt: int
-    seq: int = Field(ge=0)
+    seq: int = Field(ge=0, lt=2**53)
     points: list[Point] = Field(max_length=MAX_POINTS)
 
 
@@ -149,7 +149,7 @@ class LogBatch(Message):
     """`POST /worker/jobs/{id}/logs`. `seq` numbers the first line within the attempt, from 0."""
 
     attempt: int
-    seq: int = Field(ge=0)
+    seq: int = Field(ge=0, lt=2**53)
     lines: list[Annotated[str, StringConstraints(max_length=MAX_LINE_CHARS + 64)]] = Field(
         max_length=MAX_LOG_LINES
     )
@@ -167,7 +167,7 @@ class EventBatch(Message):
     """`POST /worker/jobs/{id}/events`. `seq` numbers the first event within the attempt, from 0."""
 
     attempt: int
-    seq: int = Field(ge=0)
+    seq: int = Field(ge=0, lt=2**53)
     events: list[TrainerEvent] = Field(max_length=MAX_EVENTS)
 
 

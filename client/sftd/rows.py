@@ -6,8 +6,10 @@ text). What is wrong is told as `RowProblem`: line, field, what is the matter an
 the trainer's business, not this file's.
 """
 
+import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ JsonDict = dict[str, Any]  # a chat message or tool as the templates want it: op
 
 MAX_ROW_BYTES = 32 * 1024 * 1024
 MAX_PROBLEMS = 20
+READ_BYTES = 1024 * 1024
 FORMATS_HELP = "accepted are: messages | prompt + completion | instruction (+ input) + output | conversations (ShareGPT) | text"
 
 _SHAREGPT_ROLES = {
@@ -34,6 +37,8 @@ _SHAREGPT_ROLES = {
     "tool_response": "tool",
     "function_response": "tool",
 }
+_HALF_A_PAIR = "holds half of a surrogate pair (\\ud800-\\udfff); write the whole character"
+_SPACE = re.compile(r"[ \t\r\n]*")
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 
 
@@ -191,13 +196,102 @@ def _jsonl_values(file: BinaryIO, reading: _Reading) -> Iterator[tuple[int, Any]
 
 
 def _array_values(file: BinaryIO, reading: _Reading) -> Iterator[tuple[int, Any]]:
-    values = _parse(file.read(), 1, reading)
-    if values is _BROKEN:
-        return
-    if not isinstance(values, list):
-        reading.note(1, "file", "is not a JSON array of rows")
-        return
-    yield from enumerate(values, start=1)
+    """The items one by one: parsed whole, a large array takes thirty times its size in memory."""
+    text = _ArrayText(file)
+    item = 0
+    try:
+        text.expect("[")
+        closed = text.take("]")
+        while not closed:
+            item += 1
+            value = text.value()
+            try:
+                _check_surrogates(value)
+            except UnicodeEncodeError:
+                reading.note(item, "row", _HALF_A_PAIR)
+                value = _BROKEN
+            yield item, value
+            closed = text.take("]")
+            if not closed:
+                text.expect(",")
+        text.expect_end()
+    except _Bad as bad:
+        reading.note(max(1, item), bad.where, bad.message)
+
+
+class _ArrayText:
+    """The text of a JSON array, read as it is needed: never much more of it in memory than one item."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._json = json.JSONDecoder(parse_constant=_no_constant)
+        self._text = ""
+        self._at = 0
+        self._ended = False
+
+    def value(self) -> Any:
+        """The next JSON value."""
+        self._skip_space()
+        while True:
+            complaint = "it breaks off"
+            try:
+                value, end = self._json.raw_decode(self._text, self._at)
+                if end < len(self._text) or self._ended:  # else a number may go on
+                    self._at = end
+                    return value
+            except RecursionError:
+                raise _Bad("row", "is nested too deeply") from None
+            except (
+                ValueError
+            ) as error:  # broken, or not whole yet; or an integer of more digits than Python reads
+                complaint = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            if self._ended:
+                raise _Bad("row", f"is not JSON ({complaint}); the file must be one JSON array of objects")
+            if len(self._text) - self._at > MAX_ROW_BYTES:
+                raise _Bad("row", f"is not JSON ({complaint}), or longer than {MAX_ROW_BYTES:,} bytes")
+            self._read_on()
+
+    def take(self, sign: str) -> bool:
+        """Pass over `sign` if it comes next."""
+        self._skip_space()
+        found = self._text.startswith(sign, self._at)
+        self._at += found
+        return found
+
+    def expect(self, sign: str) -> None:
+        """Pass over `sign`, which must come next."""
+        if not self.take(sign):
+            raise _Bad("file", f"is not a JSON array: {sign!r} was expected here, not {self._here()!r}")
+
+    def expect_end(self) -> None:
+        """Nothing but spaces may be left."""
+        self._skip_space()
+        if self._here():
+            raise _Bad("file", f"is not a JSON array: nothing may follow it, but here is {self._here()!r}")
+
+    def _here(self) -> str:
+        return self._text[self._at : self._at + 20]
+
+    def _skip_space(self) -> None:
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches the empty text
+            if self._at < len(self._text) or self._ended:
+                return
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Let go of what has been passed over, and read as much again as is left: a long item is not tried too often."""
+        rest = self._text[self._at :]
+        offset = self._file.tell() - len(self._utf8.getstate()[0])
+        raw = self._file.read(max(READ_BYTES, len(rest)))
+        self._ended = not raw
+        try:
+            self._text, self._at = rest + self._utf8.decode(raw, final=self._ended), 0
+        except UnicodeDecodeError as error:
+            raise _Bad(
+                "file", f"is not UTF-8 (byte {offset + error.start + 1} of it); save it as UTF-8"
+            ) from None
 
 
 def _parse(raw: bytes, line: int, reading: _Reading) -> Any:
@@ -208,11 +302,9 @@ def _parse(raw: bytes, line: int, reading: _Reading) -> Any:
         return _BROKEN
     try:
         value = json.loads(text, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        _check_surrogates(value)
     except UnicodeEncodeError:
-        reading.note(
-            line, "row", "holds half of a surrogate pair (\\ud800-\\udfff); write the whole character"
-        )
+        reading.note(line, "row", _HALF_A_PAIR)
     except RecursionError:
         reading.note(line, "row", "is nested too deeply")
     except ValueError as error:  # JSONDecodeError, and integers with more digits than Python reads
@@ -220,6 +312,11 @@ def _parse(raw: bytes, line: int, reading: _Reading) -> Any:
     else:
         return value
     return _BROKEN
+
+
+def _check_surrogates(value: Any) -> None:
+    """Raise UnicodeEncodeError for text that cannot be written as UTF-8."""
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
 
 
 def _no_constant(text: str) -> None:

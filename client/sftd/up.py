@@ -1,9 +1,11 @@
 """`sftd up`: a server and a worker on this machine, as child processes that end with this one, however it ends.
 
-A worker that crashes is started again; a server that dies ends everything. SIGTERM or Ctrl-C stops the worker first (it
-saves a checkpoint and gives its job back), then the server; a second one hurries; a third kills.
+A worker that crashes is started again; a server that dies ends everything. SIGTERM, Ctrl-C or a terminal that closes
+stops the worker first (it saves a checkpoint and gives its job back), then the server; a second one hurries; a third
+kills.
 """
 
+import contextlib
 import importlib.util
 import os
 import queue
@@ -64,6 +66,7 @@ class _Child:
 
     def __init__(self, module: str, environment: Mapping[str, str], on_exit: Callable[[], None]) -> None:
         self.started_at = time.monotonic()
+        self.returncode: int | None = None
         # A session of its own: Ctrl-C at the terminal reaches only this process, which stops the others in order.
         self._process = subprocess.Popen(
             tethered([sys.executable, "-m", module]),
@@ -72,7 +75,6 @@ class _Child:
             start_new_session=True,
         )
         threading.Thread(target=self._watch, args=(on_exit,), name=module, daemon=True).start()
-        self.returncode: int | None = None
 
     @property
     def running(self) -> bool:
@@ -89,7 +91,7 @@ class _Child:
 class _Supervisor:
     def __init__(self, box: Box, say: Callable[[str], None]) -> None:
         self._box = box
-        self._say = say
+        self._tell = say
         self._rings: queue.SimpleQueue[None] = queue.SimpleQueue()  # safe to put to from a signal handler
         self._num_stops = 0
         self._restart_seconds = FIRST_RESTART_SECONDS
@@ -98,6 +100,8 @@ class _Supervisor:
     def run(self) -> int:
         signal.signal(signal.SIGTERM, self._on_stop)
         signal.signal(signal.SIGINT, self._on_stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup means: go on without the terminal
+            signal.signal(signal.SIGHUP, self._on_stop)
         server = self._start("sftd_server.app", SFTD_HOST=self._box.host, SFTD_PORT=str(self._box.port))
         if self._await_health(server):
             self._greet()
@@ -183,6 +187,11 @@ class _Supervisor:
     def _on_stop(self, number: int, frame: object) -> None:
         self._num_stops += 1
         self._rings.put(None)
+
+    def _say(self, text: str) -> None:
+        """Tell whoever started this. That the terminal or the pipe is gone must not end the box."""
+        with contextlib.suppress(OSError):
+            self._tell(text)
 
     def _wait(self, seconds: float) -> None:
         try:

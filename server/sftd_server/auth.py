@@ -4,6 +4,7 @@ Every path but /healthz needs a key. Keys are compared by their sha256 and held 
 process alone changes them. Worker keys open /worker/… and nothing else; other keys open everything but that.
 """
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -51,11 +52,13 @@ class Keyring:
         self._db = db
         self._clock = clock
         self._by_hash: dict[str, KeyRow] = {}
+        self._loading = asyncio.Lock()  # one at a time: an older reading must not bring back a deleted key
 
     async def load(self) -> None:
         """Read the keys again."""
-        rows = await self._db.read(lambda session: session.exec(select(KeyRow)).all())
-        self._by_hash = {row.secret_sha256: row for row in rows}
+        async with self._loading:
+            rows = await self._db.read(lambda session: session.exec(select(KeyRow)).all())
+            self._by_hash = {row.secret_sha256: row for row in rows}
 
     async def install(self, role: str, secret: str) -> None:
         """Make `secret` the built-in key of a role, in place of any earlier one."""

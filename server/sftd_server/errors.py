@@ -140,6 +140,11 @@ class DiskFull(ApiError):
         )
 
 
+def is_database_busy(error: Exception) -> bool:
+    """Whether another process held the database's lock for longer than we wait."""
+    return isinstance(error, OperationalError) and "database is locked" in str(error)
+
+
 def is_disk_full(error: Exception) -> bool:
     """Whether there was no room, in the words of SQLite or of the system."""
     if isinstance(error, OSError):

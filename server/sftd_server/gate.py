@@ -21,6 +21,7 @@ from sftd_server.errors import (
     TooLarge,
     Unavailable,
     error_answer,
+    is_database_busy,
     is_disk_full,
 )
 from sftd_server.server import Server
@@ -67,15 +68,7 @@ class Gate:
             log.exception("request %s: %s %s", answer.request_id, scope["method"], scope["path"])
             if answer.started:
                 raise  # the connection breaks off, so that half an answer is not taken for a whole one
-            fault = (
-                DiskFull()
-                if is_disk_full(error)
-                else InternalError(
-                    f"Something went wrong here; the server's log has request {answer.request_id}.",
-                    code="internal",
-                )
-            )
-            await self._refuse(fault, scope, body, answer)
+            await self._refuse(_fault(error, answer.request_id), scope, body, answer)
 
     async def _serve(self, scope: Scope, body: "_Body", answer: "_Answer") -> None:
         headers = Headers(scope=scope)
@@ -169,6 +162,17 @@ class _Body:
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"The body is larger than the limit of {self._limit:,} bytes.", code="too_large")
+
+
+def _fault(error: Exception, request_id: str) -> ApiError:
+    """What to answer where nothing was expected to fail."""
+    if is_disk_full(error):
+        return DiskFull()
+    if is_database_busy(error):
+        return Unavailable("Another process holds the server's database; try again.", code="database_busy")
+    return InternalError(
+        f"Something went wrong here; the server's log has request {request_id}.", code="internal"
+    )
 
 
 def _limit(server: Server, scope: Scope) -> int:

@@ -91,6 +91,9 @@ def test_a_job_by_commands(box: "Box", sftd: Callable[..., Outcome], spec: Path,
     (first, *_) = csv.DictReader(io.StringIO(sftd("metrics", job_id, "--csv").out))
     assert first == {"step": "1", "loss": "1.0", "nan": "nan"}
 
+    (tmp_path / "taken").touch()
+    taken = sftd("get", job_id, "-o", tmp_path / "taken")
+    assert (taken.code, "File exists" in taken.err) == (2, True)
     fetched = sftd("get", job_id, "-o", tmp_path / "out")
     assert fetched.err.startswith("1 files in")
     assert (tmp_path / "out/model.txt").read_text() == "trained"

@@ -1,12 +1,14 @@
 """Every accepted format becomes messages; every mistake is told with line, field and remedy."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sftd import rows
 from sftd.rows import Row, RowsInvalid, check_file, is_test_translation, read_rows
 
 
@@ -228,3 +230,56 @@ def test_real_files_are_read(name: str, form: str, rows: int, shared_data: Calla
 )
 def test_test_translation_is_known_by_its_words(task: str, is_translation: bool) -> None:
     assert is_test_translation(task) is is_translation
+
+
+def test_an_array_is_read_item_by_item_wherever_a_piece_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["é\u2028\U0001f600", 'a"]},{"', "x" * 40, "\\"]
+    whole = json.dumps([{"text": text, "n": 12345.5e-3} for text in texts], ensure_ascii=False, indent=1)
+    path = tmp_path / "f.json"
+    path.write_bytes(b"\xef\xbb\xbf \n" + whole.encode() + b" \n")
+
+    for num_bytes in range(1, 30):
+        monkeypatch.setattr(rows, "READ_BYTES", num_bytes)
+        assert [(row.line, row.text) for row in read_rows(path, name="f")] == list(enumerate(texts, start=1))
+
+
+@pytest.mark.parametrize(
+    ("raw", "problem"),
+    [
+        (b"[]", "item 1, file: is empty"),
+        (b"[", "item 1, row: is not JSON (Expecting value)"),
+        (b'[{"text": "a"}', "item 1, file: is not a JSON array: ',' was expected here, not ''"),
+        (b'[{"text": "a"} {"text": "b"}]', "item 1, file: is not a JSON array: ',' was expected here"),
+        (b'[{"text": "a"},]', "item 2, row: is not JSON"),
+        (b'[{"text": "a"}] x', "item 1, file: is not a JSON array: nothing may follow it"),
+        (b'[{"text": "a"}, {"text": "\xff"}]', "file: is not UTF-8 (byte 27 of it)"),
+        (b'[{"text": "a"}, {"text": "\xe2\x80', "file: is not UTF-8 (byte 27 of it)"),
+        (b'[{"text": "a"}, {"text": "\\ud800"}, 3]', "item 3, row: is a number"),
+        (b'[{"text": "a"}, NaN]', "NaN is not JSON"),
+        (b'[{"n": ' + b"9" * 5000 + b"}]", "item 1, row: is not JSON"),
+    ],
+)
+def test_what_is_wrong_with_an_array_is_told_with_the_item(tmp_path: Path, raw: bytes, problem: str) -> None:
+    path = tmp_path / "f.json"
+    path.write_bytes(raw)
+
+    with pytest.raises(RowsInvalid) as raised:
+        check_file(path, name="f")
+
+    assert problem in str(raised.value)
+
+
+def test_a_large_array_does_not_fill_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "f.json"
+    path.write_bytes(b'[{"text": "a"}' + b', {"text": "a"}' * 300_000 + b"]")
+
+    tracemalloc.start()
+    try:
+        assert check_file(path, name="f").num_rows == 300_001
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak_bytes < 2 * path.stat().st_size + 4 * 1024**2

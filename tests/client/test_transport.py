@@ -1,11 +1,12 @@
 """One request: what is sent again, what is raised, what is never sent twice."""
 
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sftd import errors
+from sftd import _transport, errors
 from sftd._transport import Transport
 from sftd.errors import ApiError, ConfigurationError, ConnectionFailed, SequenceGap
 
@@ -158,3 +159,43 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
 def test_a_key_with_a_line_break_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="line breaks"):
         Transport("http://localhost:1", "key\nX-Evil: 1")
+
+
+def test_nothing_listens_where_every_address_refuses_but_not_where_one_is_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        refusing = free.getsockname()
+    silent = socket.create_server(("127.0.0.1", 0), backlog=0)
+    held = [socket.socket() for _ in range(4)]
+    for connection in held:  # fill the backlog: the next connection is neither taken nor refused
+        connection.setblocking(False)
+        connection.connect_ex(silent.getsockname())
+    no_ipv6 = ("192.0.2.1", 1)
+    addresses: list[tuple[str, int]] = []
+    monkeypatch.setattr(_transport, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 1, 6, "", each) for each in addresses]
+    )
+    monkeypatch.setattr(
+        _transport,
+        "_refuses",
+        lambda family, address, real=_transport._refuses: (
+            None if address == no_ipv6 else real(family, address)
+        ),
+    )
+    transport = Transport("http://box:1", None)
+
+    for addresses[:], nothing in (
+        ([refusing], True),
+        ([no_ipv6, refusing], True),
+        ([no_ipv6], False),
+        ([silent.getsockname(), refusing], False),
+        ([refusing, silent.getsockname()], False),
+    ):
+        assert transport.nothing_listens() is nothing, addresses
+
+    transport.close()
+    for opened in (*held, silent):
+        opened.close()

@@ -19,7 +19,7 @@ from sftd.up import require_extras
 class Up:
     """A running `sftd up`, and what it prints."""
 
-    def __init__(self, tmp_path: Path, *options: str) -> None:
+    def __init__(self, tmp_path: Path, *options: str, stdout: int | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -37,7 +37,7 @@ class Up:
                     str(self.port),
                     *options,
                 ],
-                stdout=output,
+                stdout=output if stdout is None else stdout,
                 stderr=output,
                 env={**os.environ, "SFTD_DEVICE": "cpu"},
             )
@@ -78,6 +78,26 @@ def test_a_stop_ends_worker_then_server_with_zero(up: Up) -> None:
     assert not server.is_running()
     assert not worker.is_running()
     assert "sftd is up at" in up.log()
+    assert "INFO stopped" in up.log()
+
+
+def test_a_closed_terminal_stops_it_like_ctrl_c(up: Up) -> None:
+    up.process.send_signal(signal.SIGHUP)
+
+    assert up.process.wait(20) == 0
+    assert "INFO stopped" in up.log()
+
+
+def test_a_broken_pipe_does_not_keep_it_from_stopping_in_order(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    up = Up(tmp_path, stdout=writing)
+    os.close(writing)
+    up.until(lambda: "registered with" in up.log())
+    os.close(reading)
+
+    up.process.send_signal(signal.SIGTERM)
+
+    assert up.process.wait(20) == 0
     assert "INFO stopped" in up.log()
 
 

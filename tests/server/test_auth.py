@@ -1,5 +1,6 @@
 """Keys: which role opens which route, expiry, and where secrets are not."""
 
+import asyncio
 import base64
 import re
 
@@ -139,3 +140,28 @@ def test_secrets_are_in_no_log_and_no_table(box, caplog) -> None:
     for secret in (made, "sftd-admin-key-of-the-tests", box.server.secret):
         assert secret.encode() not in stored
         assert secret not in caplog.text
+
+
+def test_a_slow_reading_of_the_keys_does_not_bring_back_a_deleted_one(box, assert_error) -> None:
+    keyring, read = box.server.keyring, box.server.db.read
+    found = box.admin.post("/keys", json={"name": "gone", "role": "user"}).json()
+    calls: list[int] = []
+
+    async def slow_first(work):
+        calls.append(1)
+        rows = await read(work)
+        if len(calls) == 1:
+            await asyncio.sleep(0.3)  # the answer is late; meanwhile the key is deleted
+        return rows
+
+    async def scenario() -> None:
+        box.server.db.read = slow_first
+        loading = asyncio.create_task(keyring.load())
+        await asyncio.sleep(0.1)
+        await keyring.delete(found["id"])
+        await loading
+        del box.server.db.read
+
+    box.run(scenario())
+
+    assert_error(box.client(found["secret"]).get("/jobs"), 401, "invalid_key")

@@ -1,6 +1,7 @@
 """The writer: groups of writes, each on its own; readers that cannot write."""
 
 import asyncio
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,23 @@ def test_a_full_disk_fails_the_write_says_so_and_is_over_when_there_is_room(box,
     assert full.headers["retry-after"]
     assert [line["text"] for line in box.admin.get(f"/jobs/{lease.job_id}/logs").json()["data"]] == ["before"]
     assert lease.post("logs", seq=1, lines=["x" * 8000] * 30).json() == {"next_seq": 31}
+
+
+def test_a_database_that_another_process_holds_is_said_to_be_busy(box, assert_error) -> None:
+    lease = box.running()
+
+    def wait_less(session) -> None:
+        session.connection().exec_driver_sql("PRAGMA busy_timeout=100")
+
+    box.run(box.server.db.write(wait_less))
+    with sqlite3.connect(box.server.folder.path / "sftd.db", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        busy = lease.post("logs", seq=0, lines=["x"])
+        other.execute("ROLLBACK")
+
+    assert_error(busy, 503, "database_busy")
+    assert busy.headers["retry-after"]
+    assert lease.post("logs", seq=0, lines=["x"]).json() == {"next_seq": 1}
 
 
 def test_the_pragmas_are_those_that_lose_nothing(db: Database) -> None:

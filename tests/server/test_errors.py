@@ -219,3 +219,11 @@ def test_every_code_is_documented_and_every_documented_code_is_used() -> None:
     documented = set(re.findall(r"^\| \d{3} \| `([a-z_]+)` \|", API, re.MULTILINE))
 
     assert used == documented
+
+
+def test_more_metadata_filters_than_a_job_has_pairs_are_refused(shared_box, assert_error) -> None:
+    query = "&".join(f"metadata[{i}]=x" for i in range(1500))
+
+    error = assert_error(shared_box.admin.get(f"/jobs?{query}"), 422, "invalid_request")
+
+    assert error["param"] == "metadata"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from sftd.protocol import TrainerJob
@@ -106,6 +107,39 @@ def test_a_model_without_template_gets_chatml_and_learns_the_same_text(
     table, tokenizer = tokenize([chat("a", "b", "c", "d")], base_model=bare)
 
     assert learned_text(table[0], tokenizer) == "b<|im_end|>d<|im_end|>"
+
+
+@pytest.fixture
+def begins_with_bos(build_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model without a chat template whose tokenizer puts a token before every text, as Llama's and Gemma's do."""
+    tokenizer = AutoTokenizer.from_pretrained(build_model(with_template=False))
+    tokenizer.bos_token = "<|endoftext|>"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", pair="<|endoftext|> $A $B", special_tokens=[("<|endoftext|>", bos)]
+    )
+    tokenizer.save_pretrained(tmp_path / "bare")
+    return tmp_path / "bare"
+
+
+def test_chats_of_a_model_without_template_begin_with_the_token_that_all_its_texts_begin_with(
+    tokenize: Tokenize, begins_with_bos: Path
+) -> None:
+    table, tokenizer = tokenize([chat("a", "b")], base_model=str(begins_with_bos))
+
+    ids = list(table[0]["input_ids"])
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert learned_text(table[0], tokenizer) == "b<|im_end|>"
+
+
+def test_a_text_that_brings_its_first_token_does_not_get_it_twice(
+    tokenize: Tokenize, begins_with_bos: Path
+) -> None:
+    table, tokenizer = tokenize([{"text": "<|endoftext|>a"}, {"text": "a"}], base_model=str(begins_with_bos))
+
+    assert list(table[0]["input_ids"]) == list(table[1]["input_ids"])
+    assert list(table[0]["input_ids"]).count(tokenizer.bos_token_id) == 1
 
 
 def test_bad_rows_are_refused_with_file_line_field_and_remedy(tokenize: Tokenize) -> None:

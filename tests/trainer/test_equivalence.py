@@ -10,14 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from tests.trainer.harness import Finished, finish_trainer, start_trainer
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from sftd.protocol import TrainerJob
+from sftd_worker.trainer import train as train_module
 from sftd_worker.trainer.batching import make_plan
-from sftd_worker.trainer.data import Tokenizing, tokenize_file
-from sftd_worker.trainer.model import load_tokenizer
+from sftd_worker.trainer.data import Tokenizing, TokenRows, tokenize_file
+from sftd_worker.trainer.errors import RunFailed
+from sftd_worker.trainer.events import Events
+from sftd_worker.trainer.model import Model, Precision, load_tokenizer
+from sftd_worker.trainer.world import World
 
 RunJob = Callable[..., Finished]
 FULL: dict[str, Any] = {"method": "full", "learning_rate": 1e-3, "max_steps": 6, "validation_split": 0.1}
@@ -83,6 +95,58 @@ def test_padded_batches_give_the_same_run(
     assert_same_run(reference, padded)
 
 
+def test_rows_beside_a_long_one_keep_their_rotary_positions(
+    run_job: RunJob, tiny: Path, tmp_path: Path
+) -> None:
+    """longrope takes other frequencies for all of a micro-batch once one row of it is long."""
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 8,
+        "long_factor": [8.0] * 8,
+    }
+    config = Phi3Config(
+        vocab_size=1024,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        max_position_embeddings=4096,
+        original_max_position_embeddings=64,
+        rope_parameters={**longrope, "original_max_position_embeddings": 64},
+    )
+    Phi3ForCausalLM(config).save_pretrained(tmp_path / "long")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "long")
+    fields = {**FULL, "base_model": str(tmp_path / "long"), "max_steps": 2}
+
+    alone = run_job(
+        "alone", **{**fields, "packing": False, "batch_size": 1, "gradient_accumulation_steps": 8}
+    )
+
+    assert_same_run(alone, run_job("packed", **fields), rtol=1e-6)
+    assert_same_run(alone, run_job("padded", **{**fields, "packing": False}), rtol=1e-6)
+
+
+def test_out_of_memory_on_a_rank_without_rows_is_told_as_such(
+    make_job: Callable[..., TrainerJob], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An epoch's last step may leave a rank nothing, while another cannot fit its one row."""
+    monkeypatch.setattr(train_module, "any_rank", lambda world, *flags: [True, True])
+    world = World(rank=1, size=2, device=torch.device("cpu"))
+    rows = TokenRows(Dataset.from_dict({}), np.array([], int), np.array([], int), 64)
+    model = Model(torch.nn.Linear(1, 1), None, Precision("fp32", ""), world.device, True, None, torch.float32)
+    events = Events(tmp_path, attempt=1, silent=True)
+
+    with pytest.raises(RunFailed) as failed:
+        train_module._accumulate(
+            model, rows, [], 1, train_module._Budget(1, 64), True, 0, 0, 0, world, events
+        )
+
+    assert failed.value.reason == "out_of_memory"
+
+
 def test_chunks_of_the_head_do_not_matter(
     reference: Finished, run_job: RunJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,11 +169,22 @@ def test_two_ranks_give_the_run_of_one(make_job: Callable[..., TrainerJob]) -> N
     assert_same_run(one, two, rtol=1e-5)
 
 
+def test_a_run_of_two_ranks_ends_once_with_the_reason_of_the_one_that_failed(
+    make_job: Callable[..., TrainerJob], tmp_path: Path
+) -> None:
+    """The other rank sees a broken connection: that is no reason."""
+    (tmp_path / "bad.jsonl").write_text('{"messages": 3}\n')
+    job = make_job(gpus=2, job={"training_path": str(tmp_path / "bad.jsonl")})
+
+    run = finish_trainer(job, start_trainer(job))
+
+    assert run.returncode != 0
+    assert [line.reason for line in run.lines if line.type == "end"] == ["bad_data"]
+
+
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
     reference: Finished, run_job: RunJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sftd_worker.trainer.model import Model
-
     whole = Model.hidden
 
     def small_memory(self: Model, batch: Any) -> torch.Tensor:
@@ -128,8 +203,6 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
 def test_memory_too_small_for_one_row_fails_with_that_reason(
     run_job: RunJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sftd_worker.trainer.model import Model
-
     def no_memory(self: Model, batch: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

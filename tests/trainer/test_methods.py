@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tests.trainer.harness import Finished
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from sftd_worker.trainer import train as train_module
 from sftd_worker.trainer.checkpoint import verify
@@ -126,6 +134,62 @@ def test_bf16_keeps_trained_weights_in_fp32(run_job: RunJob, in_memory: list[tor
 
     assert next(loaded.parameters()).dtype == torch.float32  # as the base is stored
     assert torch.equal(logits(loaded, bf16=True), in_memory[0])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_full_result_of_a_bf16_base_says_and_is_bf16(
+    tied: bool, run_job: RunJob, tiny: Path, tmp_path: Path
+) -> None:
+    config = AutoConfig.from_pretrained(tiny)
+    config.tie_word_embeddings = tied
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "base")
+
+    run = run_job(base_model=str(tmp_path / "base"), method="full", learning_rate=1e-3, precision="bf16")
+
+    stored = load_file(run.folder / "results" / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    assert ("lm_head.weight" in stored) is not tied
+    assert json.loads((run.folder / "results" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(run.folder / "results").dtype == torch.bfloat16
+    checkpoint = run.folder / "checkpoints" / "checkpoint-4"
+    assert json.loads((checkpoint / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_an_end_of_answer_that_generation_does_not_stop_at_is_said(
+    run_job: RunJob, tiny: Path, tmp_path: Path
+) -> None:
+    """A base model with a chat template: its generation config knows the end of a document alone."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
+    tokenizer.eos_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+
+    told, quiet = (
+        run_job("told", base_model=str(tmp_path / "base"), max_steps=1),
+        run_job("quiet", max_steps=1),
+    )
+
+    assert "answers end with '<|im_end|>', which the model's generation config does not stop at" in told.log
+    assert "does not stop at" not in quiet.log
+
+
+def test_dropout_on_experts_that_are_one_tensor_is_refused_by_its_name(
+    run_job: RunJob, tiny: Path, tmp_path: Path
+) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=1024, num_key_value_heads=2, num_local_experts=2, **small)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "experts")
+
+    refused = run_job("refused", base_model=str(tmp_path / "experts"))
+    trained = run_job("trained", base_model=str(tmp_path / "experts"), lora={"dropout": 0.0})
+
+    assert refused.end is not None
+    assert (refused.end.message or "").startswith("lora.dropout: must be 0 for this model")
+    assert trained.end is not None
+    assert trained.end.outcome == "succeeded", trained.end.message
 
 
 def test_the_folder_has_the_agreed_layout(run_job: RunJob) -> None:

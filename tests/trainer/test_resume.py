@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.trainer.harness import Finished, finish_trainer, start_trainer
+from tests.trainer.harness import Q_BASICS, Finished, finish_trainer, start_trainer
 
 from sftd.protocol import TrainerJob
 from sftd_worker.trainer.checkpoint import newest_checkpoint, require_whole, verify
@@ -150,6 +150,72 @@ def test_a_checkpoint_of_another_spec_is_not_resumed_from(make_job: Callable[...
     other = make_job(max_steps=4, learning_rate=3e-3)
 
     assert newest_checkpoint(Path(job.output_dir) / "checkpoints", other.spec) is None
+
+
+def test_a_run_started_again_under_the_same_attempt_says_its_own_end(
+    make_job: Callable[..., TrainerJob],
+) -> None:
+    """Without a server each start is attempt 1."""
+    job = make_job(max_steps=4)
+    asked = Signals()
+    asked.save_and_stop = True
+    assert run_some_steps(job, asked, steps=2) == "stopped"
+    newest = newest_checkpoint(Path(job.output_dir) / "checkpoints", job.spec)
+
+    assert run(job.model_copy(update={"resume_from": str(newest)}), signals=Signals()).outcome == "succeeded"
+
+    lines = Finished(None, Path(job.output_dir)).lines
+    assert [line.outcome for line in lines if line.type == "end"] == ["stopped", "succeeded"]
+
+
+def test_a_checkpoint_of_other_rows_is_not_resumed_from(
+    make_job: Callable[..., TrainerJob], tmp_path: Path
+) -> None:
+    """A file that was edited between two starts of the same command."""
+    rows = tmp_path / "rows.jsonl"
+    lines = Q_BASICS.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines))
+    job = make_job(max_steps=4, job={"training_path": str(rows)})
+    assert run(job, signals=Signals()).outcome == "succeeded"
+    again = job.model_copy(update={"resume_from": f"{job.output_dir}/checkpoints/checkpoint-2"})
+
+    rows.write_text("".join(lines[:-1]))
+    edited = run(again, signals=Signals())
+    fewer = run(again.model_copy(update={"skip_test_translation": True}), signals=Signals())
+    rows.write_text("".join(lines))
+
+    assert edited.reason == fewer.reason == "bad_spec"
+    assert "was trained on other rows" in (edited.message or "")
+    assert run(again, signals=Signals()).outcome == "succeeded"
+
+
+def test_a_full_disk_leaves_no_half_checkpoint_to_fill_it(
+    make_job: Callable[..., TrainerJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sftd_worker.trainer.checkpoint.save_file", full)
+    job = make_job(max_steps=2)
+
+    end = run(job, signals=Signals())
+
+    assert end.reason == "disk_full"
+    assert list((Path(job.output_dir) / "checkpoints").iterdir()) == []
+
+
+def test_what_killed_attempts_left_half_written_is_cleared_by_the_next_save(
+    make_job: Callable[..., TrainerJob],
+) -> None:
+    job = make_job(max_steps=2, job={"attempt": 3})
+    checkpoints = Path(job.output_dir) / "checkpoints"
+    for name in (".stage-1", ".stage-2", ".trash-checkpoint-2"):
+        (checkpoints / name).mkdir(parents=True)
+        (checkpoints / name / "model.safetensors").write_bytes(b"half")
+
+    run(job, signals=Signals())
+
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
 
 
 def test_sigterm_stops_between_steps_without_a_new_checkpoint(make_job: Callable[..., TrainerJob]) -> None:

@@ -56,6 +56,18 @@ def test_a_run_leaves_the_agreed_folder_without_a_server(tiny: Path, tmp_path: P
     assert "already holds a finished run" in again.stderr
 
 
+def test_a_folder_with_checkpoints_of_other_flags_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """Else old checkpoints of higher steps would lie among the new ones."""
+    done = launch(sys.executable, SCRIPT, *flags(tiny, tmp_path / "out"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "out" / "tiny" / "results" / "manifest.json").unlink()  # as if it had been interrupted
+
+    other = launch(sys.executable, SCRIPT, *flags(tiny, tmp_path / "out", "--seed", "7"))
+
+    assert other.returncode != 0
+    assert "holds checkpoints of a run with other flags" in other.stderr
+
+
 @pytest.mark.parametrize(
     "launcher",
     [

@@ -33,7 +33,27 @@ MISTRAL = """\
 {%- if m.role == 'user' %}{{- '[INST] ' + m.content + ' [/INST]' }}{%- else %}{{- ' ' + m.content + eos_token }}{%- endif %}
 {%- endfor %}"""
 
-ENDS = ["<|im_end|>", "<|im_start|>", "</s>", "<s>"]
+# As the first template of Llama 3: whatever is asked for, one more turn is begun.
+ALWAYS_PROMPTING = """\
+{%- for m in messages %}{{- '<|start|>' + m.role + '<|end|>\\n\\n' + m.content | trim + '<|eot|>' }}{%- endfor %}
+{{- '<|start|>assistant<|end|>\\n\\n' }}"""
+
+# As Mistral's: the system message stands before the user's words only while these are the last.
+SYSTEM_WHILE_ASKING = """\
+{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}{%- set messages = messages[1:] %}{%- endif %}
+{{- bos_token }}{%- for m in messages %}
+{%- if m.role == 'user' %}{{- '[INST] ' + (system + '\\n\\n' if loop.last and system is defined else '') + m.content + '[/INST]' }}
+{%- else %}{{- ' ' + m.content + eos_token }}{%- endif %}
+{%- endfor %}"""
+
+# As Llama 3.1's: a call stands alone; and as that of R1's distilled models: reasoning is cut off every answer.
+CALLS_ALONE = """\
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.tool_calls %}{{- m.tool_calls[0].function | tojson }}{%- else %}{{- m.content.split('</think>')[-1] }}{%- endif %}
+{{- '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+ENDS = ["<|start|>", "<|end|>", "<|eot|>", "<|im_end|>", "<|im_start|>", "</s>", "<s>"]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 TWO_TURNS = [
@@ -122,6 +142,84 @@ def test_what_a_template_raises_becomes_a_message_about_the_row() -> None:
 
     with pytest.raises(CannotRender, match="no system role"):
         refusing.render(row(TWO_TURNS), "completion")
+
+
+def test_a_template_that_always_begins_one_more_turn_does_not_teach_to_begin_it() -> None:
+    rendered = Template(ALWAYS_PROMPTING, SPECIAL, ENDS).render(row(TWO_TURNS), "completion")
+
+    assert learned(rendered) == ["0 1 2<|eot|>", "a list: 0 1 2<|eot|>"]
+
+
+def test_a_system_message_that_vanishes_from_finished_conversations_is_refused() -> None:
+    messages = [{"role": "system", "content": "Answer in q."}, *TWO_TURNS]
+
+    with pytest.raises(CannotRender, match="leaves this system message out") as refused:
+        Template(SYSTEM_WHILE_ASKING, SPECIAL, ENDS).render(row(messages), "completion")
+
+    assert refused.value.where == "messages[0]"
+
+
+def test_a_role_that_the_template_does_not_know_is_refused_instead_of_left_out() -> None:
+    silent = (
+        "{% for m in messages if m.role != 'developer' %}{{ m.role + ':' + m.content + '</s>' }}{% endfor %}"
+    )
+
+    with pytest.raises(CannotRender, match="leaves this developer message out"):
+        Template(silent, SPECIAL, ENDS).render(
+            row([{"role": "developer", "content": "Be brief."}, *TWO_TURNS]), "completion"
+        )
+
+
+@pytest.mark.parametrize(
+    ("answer", "where"),
+    [
+        ({"content": "0 1 2", "reasoning_content": "counting"}, "messages[1].reasoning_content"),
+        ({"content": "<think>counting</think>0 1 2"}, "messages[1].content"),
+        ({"content": "Let me see.", "tool_calls": WITH_TOOL[1]["tool_calls"]}, "messages[1].content"),
+    ],
+    ids=["reasoning of its own", "reasoning in the text", "words beside a call"],
+)
+def test_a_part_of_an_answer_that_the_template_leaves_out_is_refused(
+    answer: dict[str, Any], where: str
+) -> None:
+    messages = [TWO_TURNS[0], {"role": "assistant", **answer}]
+
+    with pytest.raises(CannotRender, match="would not be learned") as refused:
+        Template(CALLS_ALONE, SPECIAL, ENDS).render(row(messages), "completion")
+
+    assert refused.value.where == where
+
+
+def test_reasoning_of_earlier_turns_may_be_left_out() -> None:
+    messages = [TWO_TURNS[0], {"role": "assistant", "content": "<think>x</think>0 1 2"}, *TWO_TURNS[2:]]
+
+    rendered = Template(CALLS_ALONE, SPECIAL, ENDS).render(row(messages), "completion")
+
+    assert learned(rendered) == ["0 1 2<|im_end|>", "a list: 0 1 2<|im_end|>"]
+
+
+def test_the_way_out_that_a_refusal_names_is_one() -> None:
+    """A template that marks one of two answers, and one that shows only the number of earlier answers."""
+    marks_last = Template(
+        "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}</s>{% endfor %}",
+        SPECIAL,
+        ENDS,
+    )
+    forgets = Template(
+        "{% for m in messages %}{{ m.role + ':' }}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}</s>"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+        SPECIAL,
+        ENDS,
+    )
+
+    with pytest.raises(CannotRender, match="use train_on: all"):
+        marks_last.render(row(TWO_TURNS), "completion")
+    with pytest.raises(CannotRender, match="use train_on: last_turn"):
+        forgets.render(row(TWO_TURNS), "completion")
+
+    assert "".join(learned(marks_last.render(row(TWO_TURNS), "all"))).startswith("til 3</s>")
+    assert learned(forgets.render(row(TWO_TURNS), "last_turn")) == ["a list: 0 1 2</s>"]
 
 
 def test_chatml_without_its_token_ends_turns_with_the_end_token_too() -> None:

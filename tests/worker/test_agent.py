@@ -128,6 +128,19 @@ def test_a_stopped_worker_saves_releases_its_job_and_ends_with_zero(
     assert worker.trainer_gone()
 
 
+def test_a_closed_terminal_costs_no_step(server: "FakeServer", worker: "WorkerProcess") -> None:
+    server.post_job()
+    worker.start({"steps": 10**6, "step_seconds": 0.02})
+    server.until(lambda: len(server.steps()) > 3)
+    assert worker.process
+
+    worker.process.send_signal(signal.SIGHUP)
+
+    assert worker.process.wait(15) == 0
+    assert [call for call, _ in server.last_calls] == ["release"]
+    assert server.checkpoints[-1]["step"] == server.steps()[-1]
+
+
 def test_a_second_signal_kills_the_trainer_and_still_releases(
     server: "FakeServer", worker: "WorkerProcess"
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -212,3 +213,16 @@ def test_the_error_rule(status: int, verdict: Verdict) -> None:
 def test_the_error_rule_for_no_answer() -> None:
     assert decide(ConnectionFailed("")) is Verdict.RETRY
     assert decide(Conflict("", status=409, code="checkpoint_backwards")) is Verdict.DROP
+
+
+def test_a_line_that_can_not_be_read_is_complained_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = Spool(tmp_path / "events.jsonl", attempt=1)
+    with spool.path.open("ab") as file:
+        file.write(b"not a line\n")
+
+    for _ in range(5):
+        assert list(spool.lines(spool.start)) == []
+
+    assert caplog.text.count("cannot be read") == 1

@@ -2,8 +2,8 @@
 
     sftd-worker --server http://127.0.0.1:8000 --data DIR
 
-The first SIGTERM or SIGINT means stop: no new job; the running one saves a checkpoint and goes back to the queue. The
-second one hurries. What happens to one job is told in `attempt.py`.
+The first SIGTERM, SIGINT or SIGHUP means stop: no new job; the running one saves a checkpoint and goes back to the
+queue. The second one hurries. What happens to one job is told in `attempt.py`.
 """
 
 import argparse
@@ -247,6 +247,8 @@ def _listen_for_stop(worker: Worker) -> None:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup means: go on without the terminal
+        signal.signal(signal.SIGHUP, on_signal)
 
 
 def _parser() -> argparse.ArgumentParser:

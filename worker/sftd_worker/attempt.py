@@ -94,11 +94,14 @@ def run_attempt(worker: Worker, lease: Lease) -> None:
     attempt.keeper.start()
     try:
         last_call = attempt.run()
-        if last_call is not None and attempt.keeper.still_held():
+        lost = (
+            not attempt.keeper.still_held()
+        )  # asked before the last call: behind it the lease is gone as it should
+        if last_call is not None and not lost:
             attempt.say_last(last_call)
     finally:
         attempt.keeper.close()
-    if attempt.keeper.lost:
+    if lost:
         log.warning("%s, attempt %d: lease lost (%s)", lease.job_id, lease.attempt, attempt.keeper.lost)
 
 

@@ -90,7 +90,6 @@ def prepare(lease: Lease, settings: WorkerSettings, *, check: Check) -> Prepared
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
         local_files_only=settings.offline,
-        skip_test_translation=settings.skip_test_translation,
         # The same in every attempt, so that a resumed job goes on in the same W&B run.
         wandb_run_id=lease.job_id if lease.spec.wandb else None,
     )

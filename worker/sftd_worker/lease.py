@@ -98,7 +98,7 @@ class LeaseKeeper:
 
     def _missed(self, error: SftdError, sent_at: float, num_failures: int) -> None:
         """A heartbeat was not acknowledged: wait before the next, which must come well before the fence."""
-        if isinstance(error, ConnectionFailed) and error.refused:
+        if isinstance(error, ConnectionFailed) and error.refused and self._transport.nothing_listens():
             self._acknowledged_at = sent_at
         if num_failures == 0:
             log.warning("heartbeat of %s failed, trying on: %s", self.lease.job_id, error)

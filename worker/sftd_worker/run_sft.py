@@ -61,12 +61,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UsageError as error:
         sys.exit(f"run_sft: {error}")
 
-    from sftd_worker.trainer.checkpoint import newest_checkpoint
+    from sftd_worker.trainer.checkpoint import newest_checkpoint, verify
     from sftd_worker.trainer.run import run
 
     found = newest_checkpoint(Path(job.output_dir) / "checkpoints", job.spec)
     if found is not None:
         job = job.model_copy(update={"resume_from": str(found)})
+    elif any(verify(folder) for folder in (Path(job.output_dir) / "checkpoints").glob("checkpoint-*")):
+        sys.exit(
+            f"run_sft: --output_dir: {job.output_dir} holds checkpoints of a run with other flags; give the same flags to "
+            "go on with it, or choose another folder"
+        )
     line = run(job, signals=signals)
     sys.stdout.flush()
     sys.exit(1 if line.outcome == "failed" else 0)

@@ -60,9 +60,6 @@ class WorkerSettings(BaseModel):
         False,
         description="Run Python code that comes with a base model. Only for models whose code you have read.",
     )
-    skip_test_translation: bool = Field(
-        False, description="Leave out rows whose task is to translate test cases; the log says how many."
-    )
     offline: bool = Field(False, description="Load base models from this machine only, never from the hub.")
     cancel_grace_seconds: float = Field(
         3,

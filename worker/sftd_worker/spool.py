@@ -36,6 +36,7 @@ class Spool:
         path.parent.mkdir(parents=True, exist_ok=True)
         _end_torn_line(path)
         self.start = path.stat().st_size
+        self._warned_upto = 0  # lines are read again and again; each is complained of once
 
     def append(self, line: TrainerLine) -> None:
         """Add a line of the agent's own. Only while no trainer runs: there is one writer at a time."""
@@ -70,9 +71,11 @@ class Spool:
         try:
             line = TRAINER_LINE.validate_json(raw)
         except ValidationError as error:
-            log.warning(
-                "%s: a line cannot be read and is passed over: %s", self.path, error.errors()[0]["msg"]
-            )
+            if end > self._warned_upto:
+                self._warned_upto = end
+                log.warning(
+                    "%s: a line cannot be read and is passed over: %s", self.path, error.errors()[0]["msg"]
+                )
             return
         if line.attempt == self.attempt:
             yield SpoolLine(line, end)

@@ -47,11 +47,15 @@ async def keep(server: Server, upload: Upload, caller: Caller) -> File:
         created_at=server.clock.now(),
     )
     answer = _file(row)
+    blob = server.folder.path / server.folder.blob_name(upload.sha256)
     async with server.file_changes:
-        await asyncio.to_thread(
-            _publish, upload.path, server.folder.path / server.folder.blob_name(upload.sha256)
-        )
-        await server.db.write(lambda session: session.add(row))
+        await asyncio.to_thread(_publish, upload.path, blob)
+        try:
+            await server.db.write(lambda session: session.add(row))
+        except Exception:  # a full disk, say: what nobody can name or delete must not fill it further
+            if not await server.db.read(lambda session: _num_files_of(session, upload.sha256)):
+                blob.unlink(missing_ok=True)
+            raise
     return answer
 
 
@@ -63,8 +67,7 @@ async def remove(server: Server, file_id: str, caller: Caller) -> None:
         caller.require_owner(row.owner)
         _require_unused(session, row)
         session.exec(delete(FileRow).where(col(FileRow.id) == file_id))
-        others = session.exec(select(func.count()).where(FileRow.sha256 == row.sha256)).one()
-        return None if others else row.sha256
+        return None if _num_files_of(session, row.sha256) else row.sha256
 
     async with server.file_changes:
         orphan = await server.db.write(work)
@@ -114,6 +117,10 @@ def _find(session: Session, file_id: str) -> FileRow:
     if row is None:
         raise NotFound(f"There is no file {file_id!r}; GET /files lists them.", code="unknown_file")
     return row
+
+
+def _num_files_of(session: Session, sha256: str) -> int:
+    return session.exec(select(func.count()).where(FileRow.sha256 == sha256)).one()
 
 
 def _require_unused(session: Session, row: FileRow) -> None:

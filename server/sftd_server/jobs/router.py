@@ -12,7 +12,7 @@ from sqlmodel import Session
 
 from sftd.schemas import Checkpoint, Evaluation, Event, Job, JobState, LogLine, MetricPoint, Page
 from sftd_server.auth import Caller, caller_of
-from sftd_server.errors import error_responses
+from sftd_server.errors import Invalid, error_responses
 from sftd_server.jobs import downloads, metrics, queries, service, submission
 from sftd_server.jobs.queries import JobFilter
 from sftd_server.jobs.stream import PAGE, starting_point, stream
@@ -86,6 +86,7 @@ _EVENT_STREAM: dict[int | str, dict[str, Any]] = {  # OpenAPI: open by nature
 _BYTES: dict[int | str, dict[str, Any]] = {  # OpenAPI: open by nature
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }
+MAX_METADATA_FILTERS = 16  # as many as a job has pairs
 _METADATA_NAME = re.compile(r"^metadata\[(.{1,64})\]$", re.DOTALL)
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], responses=error_responses(404))
@@ -146,6 +147,12 @@ async def list_jobs(
         for name, value in request.query_params.multi_items()
         if (found := _METADATA_NAME.match(name))
     }
+    if len(metadata) > MAX_METADATA_FILTERS:
+        raise Invalid(
+            f"metadata: a job has at most {MAX_METADATA_FILTERS} pairs; {len(metadata)} were asked for",
+            code="invalid_request",
+            param="metadata",
+        )
     wanted = JobFilter(states=state or [], owner=owner, metadata=metadata)
     jobs_folder, now = server.folder.path / "jobs", server.clock.now()
     return await server.db.read(

@@ -81,7 +81,8 @@ def _claim_again(
             col(JobRow.token_sha256) == earlier.token_sha256,
             col(JobRow.state) == JobState.CLAIMED,
         )
-        .values(**deadlines(settings, now), start_by=start_by(settings, now))
+        # `start_by` stays: a worker that cannot read the answer would else ask for ever, and hold the job.
+        .values(**deadlines(settings, now))
     )
     if changed.rowcount != 1:
         raise Conflict(

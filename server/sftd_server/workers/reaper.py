@@ -39,7 +39,13 @@ class Reaper:
                 log.exception("looking for expired leases failed; trying again")
 
     async def tick(self) -> int:
-        """Look once; return how many jobs were taken back."""
+        """Look once; return how many jobs were taken back.
+
+        Nothing is taken back while the server stops: its socket is closed then, and a worker that is refused may
+        rely on keeping its job until the next start, which extends every lease.
+        """
+        if self._server.stopping:
+            return 0
         wall, monotonic = self._server.clock.now(), self._server.clock.monotonic()
         before, elapsed = self._wall, monotonic - self._monotonic
         jump = (wall - before).total_seconds() - elapsed

@@ -190,17 +190,15 @@ def _append(
 def _name_ids(session: Session, row: JobRow, points: Sequence[Point]) -> dict[str, int]:
     """Ids of the batch's metric names; new ones are made. Raises Invalid where a job has too many."""
     names = {name for point in points for name in point.values}
+    if len(names) > MAX_METRIC_NAMES:  # more than a query takes, perhaps
+        raise _too_many_names(f"this batch has {len(names)}")
     known = _known_ids(session, row, names)
     fresh = sorted(names - known.keys())
     if not fresh:
         return known
     count = session.exec(select(func.count()).where(JobMetricRow.job == row.number)).one()
     if count + len(fresh) > MAX_METRIC_NAMES:
-        raise Invalid(
-            f"points: a job has at most {MAX_METRIC_NAMES} metric names; this one has {count} and {len(fresh)} more came.",
-            code="too_many_metric_names",
-            param="points",
-        )
+        raise _too_many_names(f"this one has {count} and {len(fresh)} more came")
     connection = session.connection()
     connection.execute(
         text("INSERT INTO metric_name (name) VALUES (:name) ON CONFLICT (name) DO NOTHING"),
@@ -211,6 +209,14 @@ def _name_ids(session: Session, row: JobRow, points: Sequence[Point]) -> dict[st
         [{"job": row.number, "name": name} for name in fresh],
     )
     return _known_ids(session, row, names)
+
+
+def _too_many_names(how_many: str) -> Invalid:
+    return Invalid(
+        f"points: a job has at most {MAX_METRIC_NAMES} metric names; {how_many}.",
+        code="too_many_metric_names",
+        param="points",
+    )
 
 
 def _known_ids(session: Session, row: JobRow, names: set[str]) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Uploads: checked row by row, limited in size, named by nobody but the server."""
 
+import errno
 import hashlib
 import json
 
@@ -141,3 +142,20 @@ def test_files_are_listed_by_cursor(box) -> None:
     assert [file["id"] for file in page["data"]] == ids[:0:-1]
     rest = box.admin.get("/files", params={"after": page["next_after"]}).json()
     assert [file["id"] for file in rest["data"]] == ids[:1]
+
+
+def test_an_upload_that_can_not_be_recorded_leaves_nothing_on_disk(box, assert_error) -> None:
+    kept = box.upload(b'{"text": "kept"}')
+    before = sorted(blobs(box))
+    write = box.server.db.write
+
+    async def no_room(work):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    box.server.db.write = no_room
+    for content in (b'{"text": "new"}', b'{"text": "kept"}'):
+        assert_error(box.admin.post("/files", files={"file": ("f", content)}), 507, "disk_full")
+    box.server.db.write = write
+
+    assert sorted(blobs(box)) == before
+    assert box.admin.get(f"/files/{kept}/content").content == b'{"text": "kept"}'

@@ -3,8 +3,10 @@
 import hashlib
 import io
 import os
+import socket
 import tarfile
 
+import psutil
 import pytest
 
 CONTENT = {"model.safetensors": b"w" * 2_500_000, "sub/config.json": b"{}", "empty.txt": b""}
@@ -124,3 +126,19 @@ def test_a_file_that_is_gone_or_has_changed_is_told(box, assert_error) -> None:
     assert_error(box.admin.get(f"/jobs/{lease.job_id}/archive"), 409, "file_changed")
     assert_error(box.admin.get(f"/jobs/{lease.job_id}/result/files/a.txt"), 409, "file_changed")
     assert_error(box.admin.get(f"/jobs/{lease.job_id}/checkpoints/9/files/a"), 404, "unknown_checkpoint")
+
+
+def test_clients_that_hang_up_at_once_leave_no_file_open(box) -> None:
+    host, port = box.url.removeprefix("http://").split(":")
+    file_id = box.upload()
+    request = f"GET /files/{file_id}/content HTTP/1.1\r\nhost: x\r\n"
+    request += f"authorization: {box.admin.headers['authorization']}\r\n\r\n"
+    blobs = str(box.server.folder.path / "blobs")
+
+    for _ in range(50):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(request.encode())
+    for _ in range(100):  # these come after all of those, and give the server time to notice
+        box.admin.get(f"/files/{file_id}")
+
+    assert [file.path for file in psutil.Process().open_files() if file.path.startswith(blobs)] == []

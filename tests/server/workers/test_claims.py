@@ -103,3 +103,20 @@ def test_no_token_is_stored_or_shown(box) -> None:
 
     assert lease.token.encode() not in stored
     assert lease.token not in shown
+
+
+def test_a_worker_that_asks_again_and_again_but_never_starts_does_not_hold_the_job(box, assert_error) -> None:
+    job_id = box.submit()
+    box.claim(request_id="again")
+    box.clock.advance(31)  # the server has been up for a lease
+    box.reap()
+    box.claim(request_id="once-more")
+
+    for _ in range(3):
+        box.clock.advance(5)
+        assert box.try_claim(request_id="once-more").status_code == 200
+    box.clock.advance(1)
+    box.reap()
+
+    assert box.state(job_id) == "queued"
+    assert_error(box.try_claim(request_id="once-more"), 409, "claim_over")

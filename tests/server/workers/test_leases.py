@@ -1,6 +1,9 @@
 """Keeping and losing a lease: expiry, the grace after a start, clock jumps, stale writes."""
 
 import pytest
+from sqlmodel import select
+
+from sftd_server.tables import JobRow
 
 WRITES = {
     "heartbeat": {"started": True},
@@ -152,3 +155,18 @@ def test_a_job_that_gets_on_between_losses_is_never_given_up(box) -> None:
         box.clock.advance(61)
         lease = box.claim()
         lease.start()
+
+
+def test_a_stopping_server_takes_no_job_back(box) -> None:
+    lease = box.running()
+    box.run(_in_loop(box.server.begin_stop))
+
+    assert box.expire() == 0
+    assert box.run(box.server.db.read(lambda session: session.exec(select(JobRow.state)).all())) == [
+        "running"
+    ]
+    assert lease.attempt == 1
+
+
+async def _in_loop(act) -> None:
+    act()

@@ -192,3 +192,23 @@ def test_a_corrupt_checkpoint_is_never_offered_again_until_it_is_made_anew(box) 
     found = box.claim().answer["checkpoints"]
     assert [(c["step"], c["manifest_sha256"][:2]) for c in found] == [(20, "cd"), (10, "ab")]
     assert "checkpoint_corrupt" in box.events(lease.job_id)
+
+
+@pytest.mark.parametrize(
+    ("kind", "items"),
+    [
+        ("metrics", {"points": [{"step": 1, "values": {"loss": 1.0}}]}),
+        ("logs", {"lines": ["x"]}),
+        ("events", {"events": [{"type": "notice", "message": "x"}]}),
+    ],
+)
+def test_a_number_at_the_edge_of_64_bits_is_refused(box, assert_error, kind: str, items) -> None:
+    answer = box.running().post(kind, seq=2**63 - 1, **items)
+
+    assert assert_error(answer, 422, "invalid_request")["param"] == "seq"
+
+
+def test_a_batch_of_more_names_than_a_query_takes_is_refused(box, assert_error) -> None:
+    points = [(step, {f"m{step}_{i}": 1.0 for i in range(9000)}) for step in range(30)]
+
+    assert_error(box.running().metrics(0, *points), 422, "too_many_metric_names")

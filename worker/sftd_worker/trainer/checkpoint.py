@@ -34,6 +34,7 @@ class RunState:
     """All that a run knows besides weights and optimizer. If it is not here, a resumed run does not need it."""
 
     step: int = 0  # optimizer steps done
+    data_sha: str = ""  # of the training file and what is left out of it; "" in older checkpoints
     tokens_seen: int = 0  # through the model, without padding
     evaluated_at: int = -1  # step of the newest evaluation
     metrics: dict[str, float] = field(default_factory=dict)  # newest loss and evaluation, for the record
@@ -61,8 +62,9 @@ def save_checkpoint(
     """Write `folder`/checkpoint-<step>; returns the line that announces it. Raises RunFailed(disk_full)."""
     stage = folder / f".stage-{attempt}"
     name = f"checkpoint-{state.step}"
-    with disk_errors(f"checkpoint of step {state.step}"):
-        shutil.rmtree(stage, ignore_errors=True)
+    with disk_errors(f"checkpoint of step {state.step}", leaving=stage):
+        for half in [*folder.glob(".stage-*"), *folder.glob(".trash-*")]:  # of attempts that were killed
+            shutil.rmtree(half, ignore_errors=True)
         stage.mkdir(parents=True)
         save_weights(model, stage)
         tokenizer.save_pretrained(stage)
@@ -146,14 +148,21 @@ def save_weights(model: Model, folder: Path, *, dtype: torch.dtype | None = None
         return
     weights = model.causal.state_dict()
     if dtype is not None:
+        # By their place in memory: tied weights stay one tensor, and are written once.
+        cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
         weights = {
-            name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()
+            name: cast.setdefault((value.data_ptr(), value.shape), value.to(dtype))
+            if value.is_floating_point()
+            else value
+            for name, value in weights.items()
         }
     config = model.causal.config
     kept = config.dtype, config.use_cache
-    config.dtype, config.use_cache = dtype or torch.float32, True
+    config.use_cache = True
     try:
         model.causal.save_pretrained(folder, state_dict=weights)
+        config.dtype = dtype or torch.float32  # save_pretrained writes the type of the model in memory
+        config.save_pretrained(folder)
     finally:
         config.dtype, config.use_cache = kept
 
@@ -186,16 +195,20 @@ def publish(stage: Path, target: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-class disk_errors:  # reads as a statement: with disk_errors("…")
-    """A full disk is a reason of its own, not a traceback."""
+class disk_errors:  # reads as a statement: with disk_errors("…", leaving=stage)
+    """A full disk is a reason of its own, not a traceback. What was half written goes, so that there is room to say so."""
 
-    def __init__(self, doing: str) -> None:
+    def __init__(self, doing: str, *, leaving: Path) -> None:
         self.doing = doing
+        self.leaving = leaving
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            return
+        shutil.rmtree(self.leaving, ignore_errors=True)
         text = str(error)
         if (
             (isinstance(error, OSError) and error.errno in (28, 122))

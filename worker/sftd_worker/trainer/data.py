@@ -25,7 +25,7 @@ from sftd.schemas import FailureReason
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.template import CannotRender, Rendered, Template, TrainOn
 
-_CACHE_VERSION = 1  # raise it when the same input would give other tokens or another mask
+_CACHE_VERSION = 2  # raise it when the same input would give other tokens or another mask
 _CHUNK_ROWS = 256
 _COLUMNS = Features(
     {
@@ -250,6 +250,8 @@ def _pieces(text: Rendered) -> list[tuple[str, bool]]:
 def _document(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """A raw text: all of it is learned, and its end."""
     ids = list(tokenizer(text)["input_ids"])
+    if ids[:2] == [tokenizer.bos_token_id] * 2:
+        del ids[0]  # the text brings the token that the tokenizer puts before every text: models know it once
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return np.asarray(ids, np.int32), np.ones(len(ids), bool)

@@ -22,7 +22,7 @@ def export(
     fp32. Returns the manifest's files. Raises RunFailed(disk_full).
     """
     stage = output / f".stage-results-{job.attempt}"
-    with disk_errors("result"):
+    with disk_errors("result", leaving=stage):
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
         dtype = torch.float32 if model.precision.name == "fp32" else model.stored_dtype

@@ -5,6 +5,7 @@ in bf16 weights. Frozen weights are kept in `precision`. Weights are read from s
 """
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Model:
     end_to_end: bool  # rows may be laid end to end; else they are padded
     padded_because: str | None
     stored_dtype: torch.dtype  # of the base as it lies on disk; full results are saved in it
+    one_by_one: bool = False  # a row's numbers depend on the rows beside it: micro-batches of one row
 
     @property
     def vocab_size(self) -> int:
@@ -119,7 +121,9 @@ def load_tokenizer(job: TrainerJob) -> tuple[Any, Template, bool]:
                 FailureReason.MODEL_UNSUPPORTED,
                 f"{job.spec.base_model}: its tokenizer has neither a template nor an end token",
             )
-        tokenizer.chat_template = chatml(has_im_end=has_im_end)
+        bos = tokenizer.bos_token_id
+        begins_with_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        tokenizer.chat_template = chatml(has_im_end=has_im_end, begins_with_bos=begins_with_bos)
     source = tokenizer.get_chat_template()  # of several, the default one; raises where none is the default
     special = {
         name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
@@ -146,7 +150,12 @@ def load_model(
     causal = _from_hub(job, "model", _load_weights, job, source, config, dtype, device)
     causal.config.use_cache = False
     _keep_4bit_trainable(causal)
-    end_to_end, because = _try_end_to_end(causal, device)
+    one_by_one = spec.max_seq_length > _rope_limit(config)
+    end_to_end, because = (
+        (False, "its rotary positions depend on the longest row of a micro-batch")
+        if one_by_one
+        else _try_end_to_end(causal, device)
+    )
     _check_head(causal, device, precision, spec)
     if spec.method == "full":
         net = causal
@@ -154,7 +163,7 @@ def load_model(
     else:
         causal.requires_grad_(False)
         net = _with_adapter(causal, job)
-    model = Model(net, causal, precision, device, end_to_end, because, stored)
+    model = Model(net, causal, precision, device, end_to_end, because, stored, one_by_one)
     if spec.gradient_checkpointing:
         try:
             # Renamed in the course of transformers 5; the old name goes in 6.
@@ -217,6 +226,11 @@ def _with_adapter(causal: Any, job: TrainerJob) -> Any:
     try:
         return get_peft_model(causal, config)  # new adapter weights are made in fp32
     except ValueError as error:
+        if "lora_dropout" in str(error):  # experts that are one tensor
+            raise RunFailed(
+                FailureReason.BAD_SPEC,
+                f"lora.dropout: must be 0 for this model, or lora.target_modules leave its experts out ({error})",
+            ) from error
         raise RunFailed(FailureReason.BAD_SPEC, f"lora.target_modules: {error}") from error
 
 
@@ -298,6 +312,22 @@ def _check_head(causal: Any, device: torch.device, precision: Precision, spec: J
             FailureReason.MODEL_UNSUPPORTED,
             f"{spec.base_model}: its output head does something that is not known here; choose another model",
         )
+
+
+def _rope_limit(config: Any) -> float:
+    """Length above which the longest row of a micro-batch changes the rotary positions of all of them (Phi 3's
+    longrope, dynamic NTK); infinite for other models."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    return min(
+        (
+            kind.get("original_max_position_embeddings") or text.max_position_embeddings
+            for kind in kinds
+            if kind.get("rope_type") in ("longrope", "dynamic")
+        ),
+        default=math.inf,
+    )
 
 
 def _layer_kinds(causal: Any) -> list[str]:

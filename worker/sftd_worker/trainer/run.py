@@ -24,6 +24,7 @@ def run(job: TrainerJob, *, signals: Signals) -> EndLine:
     disable_progress_bar()  # a log is no terminal
     is_main = os.environ.get("RANK", "0") == "0"
     logs = Path(job.output_dir) / "logs"
+    begins_at = _size(logs / "events.jsonl")
     events = Events(logs, attempt=job.attempt, silent=not is_main)
     world = None
 
@@ -58,25 +59,34 @@ def run(job: TrainerJob, *, signals: Signals) -> EndLine:
             line = end("failed", FailureReason.TRAINER_ERROR, f"{type(error).__name__}: {error}"[:4000])
     if line.outcome == "failed":
         events.log(f"failed ({line.reason}): {line.message}")
-    if is_main:
-        if not _has_ended(logs / "events.jsonl", job.attempt):
-            events.end(line)
-    elif line.outcome == "failed":
-        # Rank 0 may hang in a collective now and be killed: the rank that failed speaks for the run.
-        Events(logs, attempt=job.attempt).end(line)
+    # The first rank that fails knows why; for the others a collective breaks. Rank 0 may hang in one and be killed, so
+    # the rank that failed speaks for the run, whichever it is.
+    if (is_main or line.outcome == "failed") and not _has_ended(logs / "events.jsonl", begins_at):
+        (events if is_main else Events(logs, attempt=job.attempt)).end(line)
     if world is not None and line.outcome != "failed":
         leave_world(world)
     return line
 
 
-def _has_ended(path: Path, attempt: int) -> bool:
-    """Has another rank already said how this attempt ended?"""
-    tail = path.read_bytes()[-65536:].splitlines()
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _has_ended(path: Path, begins_at: int) -> bool:
+    """Has another rank already said how this attempt ended, behind what was there when it began?
+
+    Without a server every start of a run is attempt 1: the number alone does not tell one end from another.
+    """
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        file.seek(max(begins_at, _size(path) - 65536))
+        tail = file.read().splitlines()
     for raw in reversed(tail):
         try:
             line = TRAINER_LINE.validate_json(raw)
         except ValueError:
             continue
-        if isinstance(line, EndLine) and line.attempt == attempt:
+        if isinstance(line, EndLine):
             return True
     return False

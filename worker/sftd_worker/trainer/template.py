@@ -56,9 +56,12 @@ CHATML = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
 
-def chatml(*, has_im_end: bool) -> str:
-    """The ChatML template, for a vocabulary with or without `<|im_end|>`."""
-    return CHATML.replace("@EOS@", "" if has_im_end else "{{- eos_token }}")
+def chatml(*, has_im_end: bool, begins_with_bos: bool = False) -> str:
+    """The ChatML template, for a vocabulary with or without `<|im_end|>`, for a model that knows all text to begin with
+    a token of its own or not."""
+    return ("{{- bos_token }}" if begins_with_bos else "") + CHATML.replace(
+        "@EOS@", "" if has_im_end else "{{- eos_token }}"
+    )
 
 
 class CannotRender(ValueError):
@@ -96,37 +99,32 @@ class Template:
         if row.messages is None:
             assert row.text is not None
             return Rendered(row.text, [(0, len(row.text))], add_special_tokens=True)
-        text, turns = self._turns(row)
-        self._check_tools(row, text)
+        wanted = [i for i, weight in enumerate(row.weights) if weight]
         if train_on == "all":
-            return Rendered(text, [(0, len(text))], add_special_tokens=False)
-        learned = [turn for turn, weight in zip(turns, row.weights, strict=True) if turn and weight]
-        if train_on == "last_turn":
-            learned = learned[-1:]
+            text = self._render(row.messages, row.tools)
+            learned = [(0, len(text))]
+        else:
+            text, learned = self._turns(row, wanted[-1:] if train_on == "last_turn" else wanted)
+        self._check_tools(row, text)
+        self._check_context(row, text)
+        self._check_answers(row, text)
         return Rendered(text, _merge(learned), add_special_tokens=False)
 
-    def _turns(self, row: Row) -> tuple[str, list[Span | None]]:
-        """The text, and for every message the span that an assistant turn takes in it (None for other roles)."""
+    def _turns(self, row: Row, wanted: list[int]) -> tuple[str, list[Span]]:
+        """The text, and the spans that the assistant's messages `wanted` take in it."""
         assert row.messages is not None
-        roles = [message["role"] for message in row.messages]
-        if self.has_markers:
-            text, marked = self._render_marked(row.messages, row.tools)
-            turns: list[Span | None] = [None] * len(roles)
-            speaking = [i for i, role in enumerate(roles) if role == "assistant"]
-            if len(marked) != len(speaking):
-                raise CannotRender(
-                    "messages",
-                    f"the chat template marks {len(marked)} spans as generated for {len(speaking)} assistant "
-                    "messages; use train_on: all, or a template that marks each assistant message once",
-                )
-            for i, span in zip(speaking, marked, strict=True):
-                turns[i] = span
-            return text, turns
-        text = self._render(row.messages, row.tools)
-        return text, [
-            self._turn(row.messages, row.tools, i, text) if role == "assistant" else None
-            for i, role in enumerate(roles)
-        ]
+        if not self.has_markers:
+            text = self._render(row.messages, row.tools)
+            return text, [self._turn(row.messages, row.tools, i, text) for i in wanted]
+        text, marked = self._render_marked(row.messages, row.tools)
+        speaking = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+        if len(marked) != len(speaking):
+            raise CannotRender(
+                "messages",
+                f"the chat template marks {len(marked)} spans as generated for {len(speaking)} assistant "
+                "messages; use train_on: all, or a template that marks each assistant message once",
+            )
+        return text, [span for i, span in zip(speaking, marked, strict=True) if i in wanted]
 
     def _turn(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, i: int, text: str
@@ -140,8 +138,23 @@ class Template:
             and text.startswith(with_turn)
             and with_turn.startswith(before)
         ):
-            return len(before), self._without_separator(text, len(before), len(with_turn))
+            end = self._without_generation_prompt(messages[: i + 1], tools, with_turn, before)
+            return len(before), self._without_separator(text, len(before), end)
         return self._turn_by_contrast(messages, tools, i, text)
+
+    def _without_generation_prompt(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str, before: str
+    ) -> int:
+        """Where the last turn of `text` ends. A template that ignores add_generation_prompt (the first one of Llama 3)
+        begins one more assistant turn behind each conversation: that beginning is no part of the answer."""
+        if self._try_render(messages, tools, add_generation_prompt=True) != text:
+            return len(text)
+        try:
+            start, end = self._turn_by_contrast(messages, tools, len(messages) - 1, text)
+        except CannotRender:
+            return len(text)
+        begins_one_more = start == len(before) and text[end:].strip() and before.endswith(text[end:])
+        return end if begins_one_more else len(text)
 
     def _without_separator(self, text: str, start: int, end: int) -> int:
         """White space after the token that ends a turn separates turns: nobody generates it."""
@@ -192,6 +205,50 @@ class Template:
                 "the model's chat template does not show tools; choose a model whose template does, or remove them",
             )
 
+    def _check_context(self, row: Row, text: str) -> None:
+        """A template that leaves a message out trains on other prompts than the model will get: say so instead.
+
+        Mistral's shows the system message only while the user speaks last, Qwen's knows no role `developer`.
+        """
+        assert row.messages is not None
+        given = [i for i, m in enumerate(row.messages) if m["role"] != "assistant" and m["content"].strip()]
+        marked = self._try_render(
+            [
+                _appended(m, f"{_STAND_IN}{i}{_STAND_IN}") if i in given else m
+                for i, m in enumerate(row.messages)
+            ],
+            row.tools,
+        )
+        for i in given:
+            if marked is not None and f"{_STAND_IN}{i}{_STAND_IN}" in marked:
+                continue
+            other = [*row.messages[:i], _appended(row.messages[i], _STAND_IN), *row.messages[i + 1 :]]
+            if self._try_render(other, row.tools) == text:
+                role = row.messages[i]["role"]
+                raise CannotRender(
+                    f"messages[{i}]",
+                    f"the model's chat template leaves this {role} message out of a conversation that ends with an "
+                    "answer; put its words into the user's message, or choose a model whose template shows it",
+                )
+
+    def _check_answers(self, row: Row, text: str) -> None:
+        """What an assistant says beside its calls, and the reasoning of the last answer, must not vanish unlearned.
+
+        Reasoning of earlier turns is another matter: many templates drop it, in training as in use.
+        """
+        assert row.messages is not None
+        last = len(row.messages) - 1
+        for i, (message, weight) in enumerate(zip(row.messages, row.weights, strict=True)):
+            if message["role"] != "assistant" or not weight:
+                continue
+            for name, other in _said_otherwise(message, with_reasoning=i == last):
+                if self._try_render([*row.messages[:i], other, *row.messages[i + 1 :]], row.tools) == text:
+                    raise CannotRender(
+                        f"messages[{i}].{name}",
+                        "the model's chat template leaves this out, so that it would not be learned; remove it, or "
+                        "choose a model whose template shows it",
+                    )
+
     def _try_render(
         self,
         messages: list[dict[str, Any]],
@@ -231,6 +288,27 @@ class Template:
             return result
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise CannotRender("messages", f"the model's chat template refuses this row: {error}") from error
+
+
+def _appended(message: dict[str, Any], words: str) -> dict[str, Any]:
+    return {**message, "content": message["content"] + words}
+
+
+def _said_otherwise(message: dict[str, Any], *, with_reasoning: bool) -> list[tuple[str, dict[str, Any]]]:
+    """(field, the message with other words in it), for each field that a template may leave out."""
+    others = []
+    content = message["content"]
+    if "tool_calls" in message and content.strip():
+        others.append(("content", _appended(message, _STAND_IN)))
+    if not with_reasoning:
+        return others
+    for key in ("reasoning_content", "thinking"):
+        if message.get(key, "").strip():
+            others.append((key, {**message, key: message[key] + _STAND_IN}))
+    thought, end_of_thought, answer = content.partition("</think>")
+    if end_of_thought:
+        others.append(("content", {**message, "content": f"{thought}{_STAND_IN}{end_of_thought}{answer}"}))
+    return others
 
 
 def _merge(spans: Sequence[Span]) -> list[Span]:

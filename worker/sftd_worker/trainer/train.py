@@ -22,7 +22,13 @@ import yaml
 from sftd.protocol import TrainerJob
 from sftd.schemas import FailureReason, ManifestFile
 from sftd_worker.trainer.batching import Plan, collate, lay_out, make_plan, share_of_rank
-from sftd_worker.trainer.checkpoint import RunState, load_checkpoint, require_whole, save_checkpoint
+from sftd_worker.trainer.checkpoint import (
+    RunState,
+    hash_file,
+    load_checkpoint,
+    require_whole,
+    save_checkpoint,
+)
 from sftd_worker.trainer.data import (
     Tokenizing,
     TokenRows,
@@ -94,9 +100,16 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     parameters = model.trainable()
 
     # ---- resume
-    state = RunState()
+    state = RunState(data_sha=_data_sha(job))
     if resume_from is not None:
+        data_sha = state.data_sha
         state = load_checkpoint(resume_from, model=model, optimizer=optimizer)
+        if state.data_sha not in ("", data_sha):
+            raise RunFailed(
+                FailureReason.BAD_SPEC,
+                f"{resume_from.name} was trained on other rows than {job.training_name} gives now; put the old file "
+                "(and flags) back, or use an empty folder",
+            )
         events.log(f"resumed from {resume_from.name}: {state.step} of {plan.total_steps} steps are done")
     _describe(job, model, train_rows, eval_rows, plan, state, world, events, tokenizer, resume_from)
     tracker = start_tracker(
@@ -109,7 +122,8 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     )
 
     # ---- loop: evaluate, save, stop?, step, log
-    budget = _Budget(spec.batch_size, spec.batch_size * spec.max_seq_length)
+    rows_at_once = 1 if model.one_by_one else spec.batch_size
+    budget = _Budget(rows_at_once, rows_at_once * spec.max_seq_length)
     eval_budget = budget
     saved_at = state.step if resume_from is not None else -1
     checkpoints = output / "checkpoints"
@@ -314,7 +328,7 @@ def _accumulate(
         if stuck:
             raise RunFailed(
                 FailureReason.OUT_OF_MEMORY,
-                f"step {step + 1}: not even one row of {max(lengths)} tokens fits into memory",
+                f"step {step + 1}: not even one row of {max(lengths, default=0)} tokens fits into memory",
             )
         budget = budget.halved()
         events.notice(
@@ -351,6 +365,11 @@ def _load_rows(job: TrainerJob, how: Tokenizing) -> tuple[TokenRows, TokenRows |
     name = job.validation_name or Path(job.validation_path).name
     held_out = tokenize_file(Path(job.validation_path), name=name, how=how, cache_dir=cache)
     return rows, choose_rows(held_out, name=name, **limits)
+
+
+def _data_sha(job: TrainerJob) -> str:
+    """Hash of what decides which rows are trained on: with a server files never change, in a folder they may."""
+    return f"{hash_file(Path(job.training_path))}{'-no-tests' * job.skip_test_translation}"
 
 
 def _describe(
@@ -415,8 +434,24 @@ def _describe(
         )
     for text in show_mask(train_rows, tokenizer):
         events.log(f"first row, ⟦what is learned⟧: {text}")
+    _notice_unknown_end(model, train_rows, events, tokenizer)
     if world.is_main:
         _write_config(Path(job.output_dir), job, derived)
+
+
+def _notice_unknown_end(model: Model, rows: TokenRows, events: Events, tokenizer: Any) -> None:
+    """A base model with a chat template often stops at the end of a document alone, and would talk on after each answer."""
+    ids, supervised = rows.row(0)
+    if len(ids) == rows.max_length or tokenizer.eos_token_id is None:
+        return  # perhaps cut
+    end = int(ids[np.flatnonzero(supervised)[-1]])
+    stops = getattr(getattr(model.causal, "generation_config", None), "eos_token_id", None)
+    known = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
+    if end not in known and tokenizer.decode([end]).strip():
+        events.notice(
+            f"answers end with {tokenizer.decode([end])!r}, which the model's generation config does not stop at: give "
+            "it as a stop token when you generate with the result"
+        )
 
 
 def _write_config(output: Path, job: TrainerJob, derived: dict[str, Any]) -> None:
@@ -425,7 +460,13 @@ def _write_config(output: Path, job: TrainerJob, derived: dict[str, Any]) -> Non
 
 
 def _write_evaluations(output: Path, state: RunState) -> None:
-    _replace(output / "logs" / "eval_results.json", json.dumps(state.evaluations, indent=1))
+    rows = [
+        {
+            name: value if math.isfinite(value) else str(value) for name, value in row.items()
+        }  # JSON has no NaN
+        for row in state.evaluations
+    ]
+    _replace(output / "logs" / "eval_results.json", json.dumps(rows, indent=1))
 
 
 def _replace(path: Path, text: str) -> None:

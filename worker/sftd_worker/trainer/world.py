@@ -4,7 +4,7 @@ Gradients are summed once a step, after local accumulation, so ranks may run dif
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -88,13 +88,21 @@ def any_rank(world: World, *flags: bool) -> list[bool]:
     return [total > 0 for total in sum_over_ranks(world, [float(flag) for flag in flags])]
 
 
-def sum_gradients(world: World, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Add up the gradients of all ranks, in place; a rank without a gradient counts as zero."""
+def sum_gradients(world: World, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Add up the gradients of all ranks, in place; a rank without a gradient counts as zero.
+
+    A parameter without one on any rank (an expert that no token went to) keeps None, so that the optimizer passes it
+    over, as it does with one rank.
+    """
     if world.size == 1:
         return
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=world.device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
     bucket: list[torch.Tensor] = []
     held = 0
-    for parameter in parameters:
+    for parameter, is_used in zip(parameters, used.tolist(), strict=True):
+        if not is_used:
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         grad = parameter.grad
