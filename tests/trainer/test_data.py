@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from sftd.protocol import TrainerJob
 from sftd.schemas import FailureReason
+from sftd_worker.trainer.checkpoint import hash_file
 from sftd_worker.trainer.data import Tokenizing, choose_rows, split_by_hash, tokenize_file
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.model import load_tokenizer
@@ -31,7 +32,10 @@ def tokenize(make_job: Callable[..., TrainerJob], tmp_path: Path) -> Tokenize:
         job = make_job(**({"base_model": base_model} if base_model else {}))
         tokenizer, template, _ = load_tokenizer(job)
         how = Tokenizing(tokenizer, template, train_on)
-        return tokenize_file(path, name=path.name, how=how, cache_dir=tmp_path / "cache"), tokenizer
+        cache = tmp_path / "cache"
+        return tokenize_file(
+            path, sha256=hash_file(path), name=path.name, how=how, cache_dir=cache
+        ), tokenizer
 
     return go
 

@@ -25,6 +25,7 @@ from transformers import (
 from sftd.protocol import TrainerJob
 from sftd_worker.trainer import train as train_module
 from sftd_worker.trainer.batching import make_plan
+from sftd_worker.trainer.checkpoint import hash_file
 from sftd_worker.trainer.data import Tokenizing, TokenRows, tokenize_file
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.events import Events
@@ -234,6 +235,7 @@ def test_losses_and_weights_are_those_of_transformers_trainer(
     tokenizer, template, _ = load_tokenizer(job)
     table = tokenize_file(
         Path(job.training_path),
+        sha256=hash_file(Path(job.training_path)),
         name="x",
         how=Tokenizing(tokenizer, template, "completion"),
         cache_dir=tmp_path / "c",

@@ -69,12 +69,12 @@ class TokenRows:
         return ids, np.asarray(row["supervised"], dtype=bool)[: self.max_length]
 
 
-def tokenize_file(path: Path, *, name: str, how: Tokenizing, cache_dir: Path) -> Dataset:
-    """All rows of a file as tokens, from the cache where they have been made before.
+def tokenize_file(path: Path, *, sha256: str, name: str, how: Tokenizing, cache_dir: Path) -> Dataset:
+    """All rows of a file (whose hash is `sha256`) as tokens, from the cache where they have been made before.
 
     Raises RunFailed(bad_data) naming file, line, field and remedy of every bad row (the first twenty in full).
     """
-    cached = cache_dir / f"rows-{_cache_key(path, how)}.arrow"
+    cached = cache_dir / f"rows-{_cache_key(sha256, how)}.arrow"
     if not cached.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
         unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
@@ -290,13 +290,10 @@ def _column(table: Dataset, name: str) -> np.ndarray:
     return table.data.column(name).to_numpy()  # type: ignore[no-any-return]  # datasets is untyped here
 
 
-def _cache_key(path: Path, how: Tokenizing) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+def _cache_key(data_sha256: str, how: Tokenizing) -> str:
     settings = {
         "version": _CACHE_VERSION,
+        "data": data_sha256,
         "template": how.template.source,
         "special_tokens": how.template.special_tokens,
         "turn_ends": sorted(how.template.turn_ends),
@@ -304,8 +301,7 @@ def _cache_key(path: Path, how: Tokenizing) -> str:
         "eos": how.tokenizer.eos_token_id,
         "tokenizer": hashlib.sha256(_tokenizer_text(how.tokenizer).encode()).hexdigest(),
     }
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    return digest.hexdigest()[:32]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _tokenizer_text(tokenizer: Any) -> str:

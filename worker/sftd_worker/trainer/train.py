@@ -60,7 +60,9 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     output = Path(job.output_dir)
     resume_from = Path(job.resume_from) if job.resume_from else None
     if resume_from is not None:
-        require_whole(resume_from, spec)
+        if world.is_main:  # its files are large: one rank reads them all, the others wait for its word
+            require_whole(resume_from, spec)
+        barrier(world)
 
     # ---- device
     torch.manual_seed(spec.seed)
@@ -82,11 +84,12 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
 
     # ---- data: rank 0 makes the tokens, the others read them
     how = Tokenizing(tokenizer, template, spec.train_on)
+    training_sha = hash_file(Path(job.training_path))
     if world.is_main:
-        train_rows, eval_rows = _load_rows(job, how)
+        train_rows, eval_rows = _load_rows(job, how, training_sha)
     barrier(world)
     if not world.is_main:
-        train_rows, eval_rows = _load_rows(job, how)
+        train_rows, eval_rows = _load_rows(job, how, training_sha)
     plan = make_plan(
         num_rows=len(train_rows),
         rows_per_step=spec.batch_size * spec.gradient_accumulation_steps * world.size,
@@ -100,9 +103,10 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     parameters = model.trainable()
 
     # ---- resume
-    state = RunState(data_sha=_data_sha(job))
+    # What decides which rows are trained on: with a server files never change, in a folder they may.
+    data_sha = training_sha + "-no-tests" * job.skip_test_translation
+    state = RunState(data_sha=data_sha)
     if resume_from is not None:
-        data_sha = state.data_sha
         state = load_checkpoint(resume_from, model=model, optimizer=optimizer)
         if state.data_sha not in ("", data_sha):
             raise RunFailed(
@@ -124,7 +128,7 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     # ---- loop: evaluate, save, stop?, step, log
     rows_at_once = 1 if model.one_by_one else spec.batch_size
     budget = _Budget(rows_at_once, rows_at_once * spec.max_seq_length)
-    eval_budget = budget
+    eval_budget = budget  # stays as it is when a training step runs out of memory
     saved_at = state.step if resume_from is not None else -1
     checkpoints = output / "checkpoints"
     failed = True
@@ -343,7 +347,7 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _load_rows(job: TrainerJob, how: Tokenizing) -> tuple[TokenRows, TokenRows | None]:
+def _load_rows(job: TrainerJob, how: Tokenizing, training_sha: str) -> tuple[TokenRows, TokenRows | None]:
     """(training rows, validation rows or None)."""
     spec, cache = job.spec, Path(job.cache_dir)
     limits: dict[str, Any] = {
@@ -351,7 +355,9 @@ def _load_rows(job: TrainerJob, how: Tokenizing) -> tuple[TokenRows, TokenRows |
         "on_overlong": spec.on_overlong,
         "skip_test_translation": job.skip_test_translation,
     }
-    table = tokenize_file(Path(job.training_path), name=job.training_name, how=how, cache_dir=cache)
+    table = tokenize_file(
+        Path(job.training_path), sha256=training_sha, name=job.training_name, how=how, cache_dir=cache
+    )
     if spec.validation_split is not None:
         training, validation = split_by_hash(table, spec.validation_split)
         name = job.training_name
@@ -363,13 +369,9 @@ def _load_rows(job: TrainerJob, how: Tokenizing) -> tuple[TokenRows, TokenRows |
     if job.validation_path is None:
         return rows, None
     name = job.validation_name or Path(job.validation_path).name
-    held_out = tokenize_file(Path(job.validation_path), name=name, how=how, cache_dir=cache)
+    path = Path(job.validation_path)
+    held_out = tokenize_file(path, sha256=hash_file(path), name=name, how=how, cache_dir=cache)
     return rows, choose_rows(held_out, name=name, **limits)
-
-
-def _data_sha(job: TrainerJob) -> str:
-    """Hash of what decides which rows are trained on: with a server files never change, in a folder they may."""
-    return f"{hash_file(Path(job.training_path))}{'-no-tests' * job.skip_test_translation}"
 
 
 def _describe(
