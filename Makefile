@@ -1,7 +1,7 @@
 # make demo   the whole way of a job on this machine, nothing downloaded but packages
 # make test   set up and run all tests
 # make check  what CI checks besides: format, lint, types, arrows, migrations, Dockerfiles
-# make bench  measurements, apart from the tests; each prints JSON lines
+# make bench  measurements, apart from the tests; each prints JSON lines (about an hour, most of it the peers')
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -38,6 +38,10 @@ check: setup
 
 bench: setup
 	$(BIN)/python bench/import_time.py
+	$(BIN)/python -m bench.training --case all
+	$(BIN)/python -m bench.start
+	$(BIN)/python -m bench.profile_step
+	$(BIN)/python -m bench.gpu
 
 # Builds both images and runs a job through the composed service. Needs root and tens of minutes; not part of CI.
 containers: setup

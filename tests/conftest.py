@@ -1,6 +1,7 @@
 """Shared by all suites: where the real data lies, and no network but loopback."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,14 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # several trainers share few cores; spinning threads would starve them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Behind `nohup` and `&` these are ignored, and so they would be by all that the tests start.
+for _number, _handler in {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGHUP: signal.SIG_DFL,
+}.items():
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

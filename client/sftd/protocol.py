@@ -30,6 +30,8 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 TRAINER_JOB_FILE = "job.json"  # in the job's folder; written by the agent, read by the trainer
 TRAINER_LINES_FILE = "logs/events.jsonl"  # appended by the trainer, followed by the agent
+WARM_READY = b"ready"  # the warm parent to the agent: what follows are requests, one TrainerStart each
+TRAINER_GO = b"go"  # the agent to a forked trainer: you are known, begin
 
 
 class Message(BaseModel):
@@ -235,6 +237,14 @@ class TrainerJob(Message):
         False  # leave out rows whose task is to translate test cases, and say how many
     )
     wandb_run_id: str | None = None
+
+
+class TrainerStart(Message):
+    """The agent asks its warm parent for a trainer. With it travel, as open files: a channel to the trainer (it says its
+    process id, then waits for TRAINER_GO), the file that its output goes to, and the locks that it is to hold."""
+
+    folder: str  # absolute; holds job.json
+    environment: dict[str, str]  # the whole of it
 
 
 class StepLine(Message):

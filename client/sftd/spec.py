@@ -135,6 +135,13 @@ class JobSpec(SpecModel):
     packing: bool = Field(
         True, description="Lay the rows of a step end to end. Changes the speed, not the training."
     )
+    max_tokens_per_step: int | None = Field(
+        None,
+        ge=1,
+        le=2**40,
+        description="Most tokens of a micro-step with packing, which bounds its memory. Default: batch_size × "
+        "max_seq_length. A longer row goes alone.",
+    )
     train_on: Literal["completion", "all", "last_turn"] = Field(
         "completion", description="Which tokens carry the loss."
     )
@@ -146,6 +153,11 @@ class JobSpec(SpecModel):
     wandb: WandbSpec | None = None
     gpus: int = Field(
         1, ge=1, le=1024, description="Devices for this job; on a machine without GPUs, CPU processes."
+    )
+    sharding: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="With gpus > 1: `ddp` keeps all weights on each device, `fsdp` a share of them. `auto`: fsdp for "
+        "`full` with the optimizer `adamw`, else ddp.",
     )
     priority: int = Field(0, ge=-1000, le=1000, description="Higher runs first.")
     name: Label | None = None
@@ -209,6 +221,14 @@ def _between_fields(data: dict[str, Any]) -> list[tuple[str, str]]:
         problems.append(("evaluation", "scoring by execution is not available in this version; leave it out"))
     if data.get("method") == "qlora" and data.get("precision") == "fp32":
         problems.append(("precision", "qlora computes in bf16; leave precision at auto or bf16"))
+    if data.get("method") == "qlora" and data.get("sharding") == "fsdp":
+        problems.append(
+            ("sharding", "qlora keeps its 4-bit weights whole on each device; leave it at auto or ddp")
+        )
+    if data.get("sharding") == "fsdp" and data.get("optimizer") in ("adamw_8bit", "paged_adamw_8bit"):
+        problems.append(
+            ("optimizer", f"{data['optimizer']} cannot be shared out; use adamw, or set sharding to ddp")
+        )
     return problems
 
 

@@ -207,6 +207,7 @@ def _box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
         "data": str(data),
         "device": "cpu",
         "trainer_argv": trainer,
+        "warm": False,
         "cancel_grace_seconds": 1,
     }
     with (folder / "worker.log").open("wb") as log:

@@ -27,9 +27,9 @@ def test_two_fields_are_enough_and_the_rest_are_the_agreed_defaults() -> None:
         "warmup_ratio": None, "max_steps": 1000, "num_epochs": None, "save_steps": 50, "eval_steps": 20,
         "logging_steps": 1, "lr_scheduler": "linear", "optimizer": "adamw", "weight_decay": 0.0,
         "max_grad_norm": 1.0, "seed": 42, "precision": "auto", "gradient_checkpointing": True, "packing": True,
-        "train_on": "completion", "on_overlong": "error",
+        "max_tokens_per_step": None, "train_on": "completion", "on_overlong": "error",
         "lora": {"rank": 16, "alpha": 32, "dropout": 0.1, "target_modules": "all-linear", "use_rslora": False, "use_dora": False},
-        "evaluation": None, "wandb": None, "gpus": 1, "priority": 0, "name": None, "metadata": {},
+        "evaluation": None, "wandb": None, "gpus": 1, "sharding": "auto", "priority": 0, "name": None, "metadata": {},
     }  # fmt: skip
 
 
@@ -48,6 +48,8 @@ def test_mistakes_in_fields_and_between_fields_come_together() -> None:
         ({"validation_file": "file_2", "validation_split": 0.1}, "validation_split"),
         ({"evaluation": {"problems_file": "file_3"}}, "evaluation"),
         ({"method": "qlora", "precision": "fp32"}, "precision"),
+        ({"method": "qlora", "sharding": "fsdp"}, "sharding"),
+        ({"sharding": "fsdp", "optimizer": "paged_adamw_8bit"}, "optimizer"),
         ({"base_model": "../secrets"}, "base_model"),
         ({"base_model": "/models/../etc"}, "base_model"),
         ({"base_model": "a/b/c"}, "base_model"),

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from examples import tiny_model
+from peft import LoraConfig, get_peft_model
 from tests.trainer.harness import Q_BASICS, Finished
+from transformers import AutoModelForCausalLM
 
 from sftd.protocol import TrainerJob
 from sftd.spec import JobSpec
@@ -48,6 +51,27 @@ def build_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 @pytest.fixture(scope="session")
 def tiny(build_model: Callable[..., Path]) -> Path:
     return build_model()
+
+
+@pytest.fixture(scope="session")
+def draw_adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a new adapter of the small model, as peft draws it; keyword arguments are fields of LoraConfig."""
+
+    def draw(*, seed: int, **options: Any) -> Path:
+        model = AutoModelForCausalLM.from_pretrained(tiny)
+        torch.manual_seed(seed)
+        config = LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
+        folder = tmp_path_factory.mktemp("adapter")
+        get_peft_model(model, config).save_pretrained(folder)
+        return folder
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def first_adapter(draw_adapter: Callable[..., Path]) -> Path:
+    """An adapter to begin with, both of whose factors are random: each has a gradient from the first step on."""
+    return draw_adapter(seed=7, init_lora_weights=False, r=8, lora_alpha=16)
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
-"""Which rows make a step, and how they are laid out."""
+"""Which rows make a step, and which of them a rank computes."""
 
-import pytest
-
-from sftd_worker.trainer.batching import lay_out, make_plan, share_of_rank
+from sftd_worker.trainer.batching import make_plan, share_of_rank
+from sftd_worker.trainer.packing import lay_out
 
 
 def test_an_epoch_sees_every_row_once_and_the_next_in_another_order() -> None:
@@ -23,24 +22,6 @@ def test_rows_of_a_step_depend_on_nothing_that_came_before() -> None:
         used.rows_of_step(step)
 
     assert fresh.rows_of_step(33) == used.rows_of_step(33)
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_layout_holds_every_row_once(packing: bool) -> None:
-    lengths = [5, 90, 30, 30, 64, 1, 100, 7]
-
-    layout = lay_out(lengths, batch_size=3, max_tokens=100, packing=packing)
-
-    assert sorted(i for group in layout for i in group) == list(range(8))
-    if packing:
-        assert all(sum(lengths[i] for i in group) <= 100 for group in layout)
-        assert len(layout) == 4  # 327 tokens do not fit into three bins of 100
-    else:
-        assert [len(group) for group in layout] == [3, 3, 2]
-
-
-def test_a_row_longer_than_a_bin_stands_alone() -> None:
-    assert lay_out([10, 500], batch_size=1, max_tokens=100, packing=True) == [[1], [0]]
 
 
 def test_ranks_share_rows_evenly_and_completely() -> None:

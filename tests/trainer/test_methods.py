@@ -29,12 +29,16 @@ IDS = torch.arange(5, 25)[None]
 
 @pytest.fixture
 def in_memory(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Logits of the trained model as it stands in memory, taken just before the real export."""
+    """Logits of the trained model as it stands in memory, taken just before the real export.
+
+    By torch's attention, which loaded models have too: this is about weights.
+    """
     seen: list[torch.Tensor] = []
     real = train_module.export
 
     def look_then_export(output: Path, *, model: Model, **rest: Any) -> Any:
         model.net.eval()
+        model.causal.set_attn_implementation("sdpa")
         with torch.no_grad(), model.autocast():
             seen.append(model.causal(input_ids=IDS, use_cache=False).logits.float())
         return real(output, model=model, **rest)

@@ -1,5 +1,6 @@
 """Killed anywhere and started again, a run is the uninterrupted run, bit for bit. The real trainer process is killed."""
 
+import json
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from tests.trainer.harness import Q_BASICS, Finished, finish_trainer, start_trainer
 
 from sftd.protocol import TrainerJob
-from sftd_worker.trainer.checkpoint import newest_checkpoint, require_whole, verify
+from sftd_worker.trainer.checkpoint import find_checkpoint, require_whole, verify
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.run import run
 from sftd_worker.trainer.signals import Signals
@@ -58,7 +59,7 @@ def steps_done(folder: Path) -> int:
 
 
 def resumed(job: TrainerJob) -> TrainerJob:
-    newest = newest_checkpoint(Path(job.output_dir) / "checkpoints", job.spec)
+    newest = find_checkpoint(Path(job.output_dir) / "checkpoints", job.spec).newest
     return job.model_copy(update={"attempt": job.attempt + 1, "resume_from": str(newest) if newest else None})
 
 
@@ -82,6 +83,22 @@ def test_a_run_stopped_at_a_checkpoint_goes_on_bit_identically(
         Finished(None, Path(whole.output_dir)),
         Finished(None, Path(job.output_dir)),
     )
+
+
+def test_a_file_of_evaluations_that_an_attempt_in_between_left_shorter_is_made_whole(
+    make_job: Callable[..., TrainerJob],
+) -> None:
+    """That one went on from an older checkpoint, and was killed before it came as far."""
+    job = make_job(**COMMON, **VARIANTS["full"])
+    run(job, signals=Signals())
+    ended = Finished(None, Path(job.output_dir))
+    whole = ended.evaluations()
+    (ended.folder / "logs" / "eval_results.json").write_text(json.dumps(whole[:2]))
+
+    assert run(resumed(job), signals=Signals()).outcome == "succeeded"
+
+    assert len(whole) == 4
+    assert ended.evaluations() == whole
 
 
 def run_some_steps(job: TrainerJob, signals: Signals, *, steps: int) -> str:
@@ -139,7 +156,7 @@ def test_a_damaged_checkpoint_is_told_from_a_whole_one(
         victim.write_bytes(broken[damage])
 
     assert verify(newest) is None
-    assert newest_checkpoint(checkpoints, job.spec) == checkpoints / "checkpoint-2"
+    assert find_checkpoint(checkpoints, job.spec).newest == checkpoints / "checkpoint-2"
     with pytest.raises(RunFailed, match="does not match its manifest"):
         require_whole(newest, job.spec)
 
@@ -149,7 +166,7 @@ def test_a_checkpoint_of_another_spec_is_not_resumed_from(make_job: Callable[...
     run(job, signals=Signals())
     other = make_job(max_steps=4, learning_rate=3e-3)
 
-    assert newest_checkpoint(Path(job.output_dir) / "checkpoints", other.spec) is None
+    assert find_checkpoint(Path(job.output_dir) / "checkpoints", other.spec).newest is None
 
 
 def test_a_run_started_again_under_the_same_attempt_says_its_own_end(
@@ -160,7 +177,7 @@ def test_a_run_started_again_under_the_same_attempt_says_its_own_end(
     asked = Signals()
     asked.save_and_stop = True
     assert run_some_steps(job, asked, steps=2) == "stopped"
-    newest = newest_checkpoint(Path(job.output_dir) / "checkpoints", job.spec)
+    newest = find_checkpoint(Path(job.output_dir) / "checkpoints", job.spec).newest
 
     assert run(job.model_copy(update={"resume_from": str(newest)}), signals=Signals()).outcome == "succeeded"
 
@@ -192,10 +209,10 @@ def test_a_checkpoint_of_other_rows_is_not_resumed_from(
 def test_a_full_disk_leaves_no_half_checkpoint_to_fill_it(
     make_job: Callable[..., TrainerJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sftd_worker.trainer.checkpoint.save_file", full)
+    monkeypatch.setattr("sftd_worker.trainer.checkpoint.write_tensors", full)
     job = make_job(max_steps=2)
 
     end = run(job, signals=Signals())

@@ -68,6 +68,35 @@ def test_a_folder_with_checkpoints_of_other_flags_is_refused(tiny: Path, tmp_pat
     assert "holds checkpoints of a run with other flags" in other.stderr
 
 
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tiny: Path, tmp_path: Path) -> None:
+    """Also when none is left: then the run begins anew, and says so."""
+    command = [sys.executable, SCRIPT, *flags(tiny, tmp_path / "out", "--save_steps", "1")]
+    assert launch(*command).returncode == 0
+    folder = tmp_path / "out" / "tiny"
+
+    def damage_and_run_again(*names: str) -> list[str]:
+        (folder / "results" / "manifest.json").unlink()  # as if it had been interrupted
+        for name in names:
+            weights = folder / "checkpoints" / name / "adapter_model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1])
+        (folder / "logs" / "events.jsonl").unlink()
+        done = launch(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = [json.loads(line) for line in (folder / "logs" / "events.jsonl").read_text().splitlines()]
+        notices = [line["message"] for line in lines if line["type"] == "notice"]
+        assert all(notice in done.stdout for notice in notices)
+        return [notice for notice in notices if "manifest" in notice]
+
+    assert damage_and_run_again("checkpoint-2") == [
+        "checkpoint-2 does not match its manifest and is not used; the run goes on from checkpoint-1. Check the disk."
+    ]
+    one, other = damage_and_run_again("checkpoint-1", "checkpoint-2")
+    assert one.startswith("checkpoint-2 does not match its manifest")
+    assert other.startswith("checkpoint-1 does not match its manifest")
+    assert "the run begins anew" in one
+    assert verify(folder / "checkpoints" / "checkpoint-2")  # written again
+
+
 @pytest.mark.parametrize(
     "launcher",
     [

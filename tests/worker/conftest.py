@@ -52,6 +52,7 @@ class FakeServer:
         self.claimed = False
         self.fenced = False
         self.attempts = 0
+        self.num_starts = 0  # of workers: what an earlier one asked for is not answered any more
         self.lease_seconds = 30.0
         self.port = 0
         self._http: ThreadingHTTPServer | None = None
@@ -96,8 +97,7 @@ class FakeServer:
             self._open.clear()
             self.lock.notify_all()
 
-    def post_job(self, **fields: Any) -> None:
-        rows = b'{"prompt": "a", "completion": "b"}\n'
+    def post_job(self, *, rows: bytes = b'{"prompt": "a", "completion": "b"}\n', **fields: Any) -> None:
         sha = hashlib.sha256(rows).hexdigest()
         (self.data / "blobs").mkdir(exist_ok=True)
         (self.data / "blobs" / sha).write_bytes(rows)
@@ -202,8 +202,10 @@ class FakeServer:
         if call == "register":
             return 200, {}, {"lease_seconds": self.lease_seconds, "installation_id": INSTALLATION}
         if call == "claim":
-            self.lock.wait_for(lambda: self.lease and not self.claimed, body["wait_seconds"])
-            if self.lease is None or self.claimed:
+            start = self.num_starts
+            is_gone = lambda: self.num_starts != start  # noqa: E731
+            self.lock.wait_for(lambda: is_gone() or (self.lease and not self.claimed), body["wait_seconds"])
+            if self.lease is None or self.claimed or is_gone():
                 return 204, {}, None
             self.claimed = True
             return 200, {}, self.lease.model_dump(mode="json")
@@ -247,16 +249,20 @@ def _error(message: str) -> dict[str, Any]:
 
 
 class WorkerProcess:
-    """A worker with a scripted trainer."""
+    """A worker with a scripted trainer, started the cold way unless `warm` is set."""
 
     def __init__(self, server: FakeServer, tmp_path: Path) -> None:
         self.server = server
+        self.warm = False
         self.folder = server.data / "jobs" / JOB
         self._script = tmp_path / "script.json"
         self._log = tmp_path / "worker.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, script: dict[str, Any], *, env: dict[str, str] | None = None, **settings: Any) -> None:
+        with self.server.lock:
+            self.server.num_starts += 1
+            self.server.lock.notify_all()
         self._script.write_text(json.dumps(script))
         flags = {
             "server_url": f"http://127.0.0.1:{self.server.port}",
@@ -266,6 +272,8 @@ class WorkerProcess:
             "cancel_grace_seconds": 1,
             "checkpoint_grace_seconds": 5,
             "trainer_argv": [sys.executable, "-S", str(HERE / "scripted_trainer.py"), str(self._script)],
+            "warm": self.warm,
+            "warm_argv": [sys.executable, str(HERE / "scripted_warm.py"), str(self._script)],
             **settings,
         }
         with self._log.open("ab") as output:

@@ -2,7 +2,8 @@
 
 Keys of the script: steps, step_seconds, checkpoint_every, ignore_signals, silent_seconds (before the first line), end
 (succeeded | exception | exit | kill | torn), at (the step of the end), log (a line for each step), save_seconds,
-launcher (the work is done by a child in a session of its own, as under torchrun), daemon (leave a process behind).
+launcher (the work is done by a child in a session of its own, as under torchrun), daemon (leave a process behind), leave
+(a change of the environment, made after it was written to environment.json).
 """
 
 import hashlib
@@ -31,6 +32,8 @@ def main() -> None:
         left = subprocess.Popen(["sleep", "1000"], start_new_session=True)
         (workdir / "pids.txt").open("a").write(f"{left.pid}\n")
     (workdir / "environment.json").write_text(json.dumps(dict(os.environ)))
+    if "leave" in script:
+        os.environ["LEFT_BEHIND"] = script["leave"]
     (workdir / "pids.txt").open("a").write(f"{os.getpid()}\n")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, on_signal)

@@ -7,10 +7,18 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import pytest
+
 from sftd.protocol import CheckpointRef
 
 if TYPE_CHECKING:
     from conftest import FakeServer, WorkerProcess
+
+
+@pytest.fixture(params=["cold", "warm"], autouse=True)
+def way(request: pytest.FixtureRequest, worker: "WorkerProcess") -> None:
+    """Whether a trainer is started or forked: all that follows holds for both."""
+    worker.warm = request.param == "warm"
 
 
 def last_call(server: "FakeServer") -> tuple[str, dict[str, object]]:
@@ -359,6 +367,9 @@ def test_a_broken_checkpoint_is_reported_and_the_one_before_is_used(
     assert [(report["name"], report["corrupt"]) for report in server.checkpoints] == [(newer.name, True)]
     assert server.steps() == [3, 4, 5]
     assert [event["type"] for event in server.streams["events"]] == ["notice", "run"]
+    told = f"{newer.name} is damaged (adapter.safetensors has another hash) and is not used; the run goes on from {older.name}"
+    assert told in server.streams["events"][0]["message"]
+    assert any(told in line for line in server.streams["logs"])
 
 
 def test_a_job_without_any_whole_checkpoint_fails_and_says_so(

@@ -56,6 +56,7 @@ class Box:
             "data": str(self.data),
             "worker_name": name,
             "device": "cpu",
+            "warm": False,
             "trainer_argv": [sys.executable, "-S", str(HERE / "scripted_trainer.py"), str(self.script)],
         }
         with (self.folder / f"{name}.log").open("ab") as log:

@@ -24,8 +24,10 @@ from sftd.errors import ApiError, Conflict, ConnectionFailed, NotFound, ServerEr
 from sftd.protocol import TOKEN_HEADER, Claim, Hello, Lease, Release, Welcome
 from sftd_worker.attempt import Worker, run_attempt
 from sftd_worker.family import adopt_orphans
-from sftd_worker.gpus import NoDevice, find_devices
+from sftd_worker.gpus import Devices, NoDevice, find_devices
+from sftd_worker.process import trainer_environment
 from sftd_worker.settings import SettingsError, WorkerSettings, read_settings
+from sftd_worker.warm import WarmParent
 
 log = logging.getLogger("sftd.worker")
 
@@ -58,7 +60,7 @@ def run(settings: WorkerSettings) -> int:
     """Work until stopped. Call it from the main thread: trainers are bound to its life, and signals arrive there."""
     devices = find_devices(device=settings.device, num_wanted=settings.gpus, environment=os.environ)
     transport = Transport(settings.server_url, settings.read_key())
-    worker = Worker(settings, devices, transport)
+    worker = Worker(settings, devices, transport, warm=_warm_parent(settings, devices))
     adopt_orphans()
     _listen_for_stop(worker)
     boot_id = uuid.uuid4().hex
@@ -70,8 +72,19 @@ def run(settings: WorkerSettings) -> int:
         _work(worker, boot_id)
     finally:
         transport.close()
+        if worker.warm is not None:
+            worker.warm.end()
     log.info("stopped")
     return 0
+
+
+def _warm_parent(settings: WorkerSettings, devices: Devices) -> WarmParent | None:
+    """It may see every device that a trainer may; each trainer is told which are its own."""
+    if not settings.warm:
+        return None
+    every = devices.visible(devices.lock_names())
+    environment = trainer_environment(os.environ, cuda_visible_devices=every, offline=settings.offline)
+    return WarmParent(settings.warm_argv, environment=environment)
 
 
 def _work(worker: Worker, boot_id: str) -> None:
@@ -80,6 +93,8 @@ def _work(worker: Worker, boot_id: str) -> None:
         claimer = Claimer(worker, boot_id)
         claimer.start()
         while not claimer.done and not worker.stops.count:
+            if worker.warm is not None:
+                worker.warm.keep()
             worker.bell.wait(1.0)
         if worker.stops.count:
             claimer.give_back()
@@ -261,6 +276,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", dest="worker_name", help="name of this worker [SFTD_WORKER_NAME]")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], help="what to train on [SFTD_DEVICE]")
     parser.add_argument("--gpus", type=int, help="use so many GPUs or CPU processes [SFTD_GPUS]")
+    parser.add_argument(
+        "--warm",
+        action=argparse.BooleanOptionalAction,
+        help="keep a process that has imported torch, so that jobs start at once [SFTD_WARM]",
+    )
     return parser
 
 

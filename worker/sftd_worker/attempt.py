@@ -17,7 +17,16 @@ from pathlib import Path
 
 from sftd._transport import Transport
 from sftd.errors import SequenceGap
-from sftd.protocol import TRAINER_LINES_FILE, EndLine, EventLine, Finish, Lease, Release
+from sftd.protocol import (
+    MAX_LINE_CHARS,
+    TRAINER_LINES_FILE,
+    EndLine,
+    EventLine,
+    Finish,
+    Lease,
+    LogTextLine,
+    Release,
+)
 from sftd.schemas import FailureReason, Want
 from sftd_worker.files import Prepared, PrepareFailed, job_folder, prepare, write_job
 from sftd_worker.gpus import Devices, Locks
@@ -27,6 +36,7 @@ from sftd_worker.process import Order, Trainer, secrets_of, trainer_environment
 from sftd_worker.settings import WorkerSettings
 from sftd_worker.shipper import TAIL_LINES, Shipper, cut, scrubbed
 from sftd_worker.spool import Spool
+from sftd_worker.warm import WarmParent
 
 log = logging.getLogger("sftd.worker")
 
@@ -82,6 +92,7 @@ class Worker:
     transport: Transport
     bell: Bell = field(default_factory=Bell)
     stops: Stops = field(default_factory=Stops)
+    warm: WarmParent | None = None
 
 
 class _Interrupted(Exception):
@@ -129,6 +140,7 @@ class _Attempt:
             folder = job_folder(self.settings.data, self.lease)
             if not self._take_locks(folder):
                 return self._release("An earlier trainer still holds the device or the job's folder.")
+            self._await_warm()
             self._check()
             return self._train(prepared, folder)
         except _Interrupted:
@@ -194,6 +206,17 @@ class _Attempt:
             self.worker.bell.wait(0.1)
         return False
 
+    def _await_warm(self) -> None:
+        """A warm parent at its imports is waited for: they would take no less time in a trainer of its own."""
+        while not self._cold and self.worker.warm is not None and self.worker.warm.starting:
+            self._check()
+            self.worker.bell.wait(0.05)
+
+    @property
+    def _cold(self) -> bool:
+        """Ranks are started by torchrun, which imports for itself."""
+        return self.lease.spec.gpus > 1
+
     def _verdict_before_training(self) -> Finish | Release | None:
         if not self.keeper.still_held():
             return None
@@ -208,7 +231,9 @@ class _Attempt:
     def _train(self, prepared: Prepared, folder: Path) -> Finish | Release | None:
         spool = Spool(folder / TRAINER_LINES_FILE, attempt=self.lease.attempt)
         for notice in prepared.notices:
-            spool.append(EventLine(type="notice", attempt=self.lease.attempt, at=time.time(), message=notice))
+            now = time.time()
+            spool.append(LogTextLine(attempt=self.lease.attempt, at=now, text=notice[:MAX_LINE_CHARS]))
+            spool.append(EventLine(type="notice", attempt=self.lease.attempt, at=now, message=notice))
         write_job(prepared.job)
         trainer_start = spool.size()
         trainer = self._spawn(folder)
@@ -250,6 +275,8 @@ class _Attempt:
             save_grace_seconds=self.settings.checkpoint_grace_seconds,
             stop_grace_seconds=self.settings.cancel_grace_seconds,
             on_exit=self.worker.bell.ring,
+            warm=self.worker.warm,
+            cold=self._cold,
         )
 
     def _order(self, *, may_save: bool, broken: bool) -> Order:

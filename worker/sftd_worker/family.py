@@ -6,8 +6,16 @@ import ctypes
 import os
 import select
 import signal
+import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
+
+# What this process has started and that lives, by process id. Something that hangs in the kernel may die when other
+# things run already: what it left behind is all below this process but these. The lock keeps a process from being
+# neither known nor yet started.
+living: set[int] = set()
+births_and_deaths = threading.RLock()
 
 BURY_SECONDS = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
@@ -18,8 +26,11 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes below `pid`, parents before children. What comes and goes meanwhile may be missed."""
+def descendants(pid: int, *, besides: Collection[int] = ()) -> list[int]:
+    """All processes below `pid`, parents before children, without `besides` and all below those.
+
+    What comes and goes meanwhile may be missed.
+    """
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (parent := _parent(entry)) is not None:
@@ -27,7 +38,7 @@ def descendants(pid: int) -> list[int]:
     found: list[int] = []
     waiting = [pid]
     while waiting:
-        below = children.get(waiting.pop(0), [])
+        below = [child for child in children.get(waiting.pop(0), []) if child not in besides]
         found += below
         waiting += below
     return found
@@ -51,9 +62,10 @@ def send(pid: int, number: signal.Signals) -> None:
         return
 
 
-def end_orphans(*, besides: int) -> None:
-    """Kill and bury what a dead trainer left to this process. One that hangs in the kernel is not waited for."""
-    left = [pid for pid in descendants(os.getpid()) if pid != besides]
+def end_orphans() -> None:
+    """Kill and bury what a dead child left to this process: all that descends from it but what is `living` and what
+    descends from that. One that hangs in the kernel is not waited for."""
+    left = descendants(os.getpid(), besides=living)
     for pid in left:
         send(pid, signal.SIGKILL)
     deadline = time.monotonic() + BURY_SECONDS

@@ -179,14 +179,14 @@ def _checkpoint(
 ) -> tuple[Path | None, list[CheckpointReport], list[str]]:
     """The newest checkpoint that verifies, and a report and a notice for each newer one that does not."""
     corrupt: list[CheckpointReport] = []
-    notices: list[str] = []
+    broken: list[str] = []
     for ref in lease.checkpoints:
         try:
-            return _verified_checkpoint(folder, ref, check), corrupt, notices
+            path = _verified_checkpoint(folder, ref, check)
+            notices = [f"{what}; the run goes on from {ref.name}. Check the disk." for what in broken]
+            return path, corrupt, notices
         except (OSError, ValueError) as error:
-            notices.append(
-                f"Checkpoint {ref.name} (step {ref.step}) is broken ({error}); taking the one before it."
-            )
+            broken.append(f"{ref.name} is damaged ({error}) and is not used")
             corrupt.append(
                 CheckpointReport(
                     attempt=lease.attempt,
@@ -200,9 +200,9 @@ def _checkpoint(
     if corrupt:
         raise PrepareFailed(
             FailureReason.CHECKPOINT_CORRUPT,
-            f"None of the {len(corrupt)} recorded checkpoints verifies. {notices[0]}",
+            f"None of the {len(corrupt)} recorded checkpoints verifies. {broken[0]}.",
         )
-    return None, corrupt, notices
+    return None, corrupt, []
 
 
 def _verified_checkpoint(folder: Path, ref: CheckpointRef, check: Check) -> Path:

@@ -5,6 +5,7 @@ of its devices and its folder for as long as any of its processes lives. What it
 """
 
 import enum
+import logging
 import os
 import signal
 import subprocess
@@ -12,9 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from sftd.tether import tethered
 from sftd_worker import family
+from sftd_worker.warm import CannotFork, WarmParent
+
+log = logging.getLogger("sftd.worker")
 
 OUTPUT_FILE = "logs/trainer_output.txt"
 
@@ -42,8 +47,22 @@ class Order(enum.IntEnum):
     KILL = 3
 
 
+class Started(Protocol):
+    """A child of this process, however it came about."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def wait(self) -> int:
+        """Wait for its end and bury it. Its exit code, or the negative number of the signal that killed it."""
+        ...
+
+
 class Trainer:
-    """A running trainer. Spawn it from the main thread: the tether is bound to the spawning thread's life."""
+    """A running trainer. Spawn it from the main thread: the tether is bound to the spawning thread's life.
+
+    It is forked off `warm`, or started as `argv`: where there is no warm parent, where it fails, or if `cold` says so.
+    """
 
     def __init__(
         self,
@@ -56,6 +75,8 @@ class Trainer:
         save_grace_seconds: float,
         stop_grace_seconds: float,
         on_exit: Callable[[], None],
+        warm: WarmParent | None = None,
+        cold: bool = False,
     ) -> None:
         self._graces = {
             Order.SAVE_AND_STOP: save_grace_seconds,
@@ -70,16 +91,19 @@ class Trainer:
             output.write(f"--- attempt {attempt}, {time.strftime('%Y-%m-%d %H:%M:%S %z')} ---\n".encode())
             output.flush()
             self.output_start = output.tell()
-            self._process = subprocess.Popen(
-                tethered([*argv, str(folder)]),
-                cwd=folder,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=tuple(lock_fds),
-            )
+            with family.births_and_deaths:
+                forked = None if cold else _fork(warm, folder, environment, output.fileno(), lock_fds)
+                self._process: Started = forked or subprocess.Popen(
+                    tethered([*argv, str(folder)]),
+                    cwd=folder,
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=tuple(lock_fds),
+                )
+                family.living.add(self._process.pid)
         self._output = folder / OUTPUT_FILE
         self._watch = threading.Thread(target=self._await_exit, name="trainer-exit", daemon=True)
         self._watch.start()
@@ -131,8 +155,10 @@ class Trainer:
         # it is killed.
         os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         self._kill_group()
-        family.end_orphans(besides=self._process.pid)
-        self.returncode = self._process.wait()
+        with family.births_and_deaths:
+            family.end_orphans()  # this one's; it is buried below
+            self.returncode = self._process.wait()
+            family.living.discard(self._process.pid)
         self._on_exit()
 
     def _tell(self, order: Order) -> None:
@@ -155,6 +181,23 @@ class Trainer:
             return  # gone already
 
 
+def _fork(
+    warm: WarmParent | None,
+    folder: Path,
+    environment: Mapping[str, str],
+    output_fd: int,
+    lock_fds: Sequence[int],
+) -> Started | None:
+    """A trainer by the warm way; None where that is not to be had."""
+    if warm is None:
+        return None
+    try:
+        return warm.fork(folder, environment=environment, output_fd=output_fd, lock_fds=lock_fds)
+    except CannotFork as error:
+        log.warning("the trainer is started the cold way: the warm parent failed (%s)", error)
+        return None
+
+
 def trainer_environment(
     environment: Mapping[str, str], *, cuda_visible_devices: str, offline: bool
 ) -> dict[str, str]:
@@ -169,6 +212,10 @@ def trainer_environment(
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
         "CUDA_VISIBLE_DEVICES": cuda_visible_devices,
+        # Threads that libraries start when they are imported, which training never uses: a process that others are
+        # forked off should have none.
+        "OPENBLAS_NUM_THREADS": "1",
+        "JE_ARROW_MALLOC_CONF": "background_thread:false",
     }
     if offline:
         allowed["HF_HUB_OFFLINE"] = "1"

@@ -61,18 +61,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UsageError as error:
         sys.exit(f"run_sft: {error}")
 
-    from sftd_worker.trainer.checkpoint import newest_checkpoint, verify
+    from sftd_worker.trainer.imports import import_run
+
+    import_run(job)
+    from sftd_worker.trainer.checkpoint import find_checkpoint, verify
     from sftd_worker.trainer.run import run
 
-    found = newest_checkpoint(Path(job.output_dir) / "checkpoints", job.spec)
-    if found is not None:
-        job = job.model_copy(update={"resume_from": str(found)})
+    found = find_checkpoint(Path(job.output_dir) / "checkpoints", job.spec)
+    if found.newest is not None:
+        job = job.model_copy(update={"resume_from": str(found.newest)})
     elif any(verify(folder) for folder in (Path(job.output_dir) / "checkpoints").glob("checkpoint-*")):
         sys.exit(
             f"run_sft: --output_dir: {job.output_dir} holds checkpoints of a run with other flags; give the same flags to "
             "go on with it, or choose another folder"
         )
-    line = run(job, signals=signals)
+    line = run(job, signals=signals, notices=found.notices())
     sys.stdout.flush()
     sys.exit(1 if line.outcome == "failed" else 0)
 

@@ -84,8 +84,13 @@ class WorkerSettings(BaseModel):
         None,
         description="Touched every second while the worker is registered and runs: for health checks. Default: none.",
     )
-    # Not settable from outside: how the trainer is started. Tests put a scripted trainer here.
+    warm: bool = Field(
+        True,
+        description="Keep a process that has imported torch and the rest, and fork trainers off it: jobs start at once.",
+    )
+    # Not settable from outside: how the trainer and its warm parent are started. Tests put scripted ones here.
     trainer_argv: tuple[str, ...] = Field((sys.executable, "-m", "sftd_worker.trainer"), exclude=True)
+    warm_argv: tuple[str, ...] = Field((sys.executable, "-P", "-m", "sftd_worker.trainer.warm"), exclude=True)
 
     @field_validator("worker_name")
     @classmethod
@@ -144,7 +149,7 @@ def read_settings(
 
 def settable_fields() -> list[str]:
     """The fields that the environment may set."""
-    return [name for name in WorkerSettings.model_fields if name != "trainer_argv"]
+    return [name for name, field in WorkerSettings.model_fields.items() if not field.exclude]
 
 
 def variable(field: str) -> str:

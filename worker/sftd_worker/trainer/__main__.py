@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from sftd_worker.trainer.signals import Signals, die_with_parent
 
@@ -17,14 +18,19 @@ def main() -> None:
     signals = Signals().install()
     if len(sys.argv) != 2:
         sys.exit("usage: python -m sftd_worker.trainer WORKDIR")
-    workdir = Path(sys.argv[1])
+    work(Path(sys.argv[1]), signals)
 
+
+def work(workdir: Path, signals: Signals) -> NoReturn:
+    """Read the folder's job and run it. Does not return."""
     from sftd.protocol import TRAINER_JOB_FILE, TrainerJob
+    from sftd_worker.trainer.imports import import_run
 
     job = TrainerJob.model_validate_json((workdir / TRAINER_JOB_FILE).read_text())
     if job.spec.gpus > 1 and "WORLD_SIZE" not in os.environ:
         start_ranks(job.spec.gpus, ["-m", "sftd_worker.trainer", str(workdir)])
 
+    import_run(job)
     from sftd_worker.trainer.run import run
 
     line = run(job, signals=signals)

@@ -1,7 +1,7 @@
-"""Which rows make a step, and how a step's rows are laid out in micro-batches.
+"""Which rows make a step, and which of them a rank computes.
 
-Both are pure functions: rows of (seed, epoch, step), layout of the rows' lengths. Nothing here has state, so there is
-no sampler to save, and packing changes the speed of a run but never which rows an optimizer step sees.
+Pure functions of (seed, epoch, step): nothing here has state, so there is no sampler to save. How the rows of a step
+are laid out for the model is `packing.py`'s business, and never changes which rows a step sees.
 """
 
 import math
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 
 @dataclass(frozen=True)
@@ -69,76 +68,3 @@ def share_of_rank(lengths: Sequence[int], *, rank: int, world_size: int) -> list
         if lightest == rank:
             mine.append(position)
     return sorted(mine)
-
-
-def lay_out(lengths: Sequence[int], *, batch_size: int, max_tokens: int, packing: bool) -> list[list[int]]:
-    """Micro-batches as lists of positions into `lengths`.
-
-    Without packing: `batch_size` rows each, in order. With packing: best fit decreasing (Johnson 1973) into bins of
-    `max_tokens`, whatever the number of rows in a bin. A row longer than a bin gets one of its own.
-    """
-    if not packing:
-        return [list(range(i, min(i + batch_size, len(lengths)))) for i in range(0, len(lengths), batch_size)]
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fitting = [b for b in range(len(bins)) if room[b] >= lengths[position]]
-        if fitting:
-            best = min(fitting, key=lambda b: (room[b], b))
-            bins[best].append(position)
-            room[best] -= lengths[position]
-        else:
-            bins.append([position])
-            room.append(max_tokens - lengths[position])
-    return [sorted(positions) for positions in bins]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows laid end to end (`row_lengths` given) or padded to one length (`attention_mask` given)."""
-
-    input_ids: torch.Tensor  # (1, T) end to end, or (B, T) padded
-    position_ids: torch.Tensor  # same shape; restarts at 0 in every row
-    attention_mask: torch.Tensor | None  # (B, T), padded only
-    row_lengths: list[int] | None  # end to end only
-    predict_at: torch.Tensor  # (n,) flat positions whose next token is supervised
-    targets: torch.Tensor  # (n,) those next tokens
-    num_tokens: int  # without padding
-
-
-def collate(
-    rows: Sequence[tuple[np.ndarray, np.ndarray]],  # (ids, supervised) per row
-    *,
-    device: torch.device,
-    padded: bool,
-    pad_id: int,
-) -> MicroBatch:
-    """Make tensors of a micro-batch. A row's first token has no predecessor and is never a target."""
-    lengths = [len(ids) for ids, _ in rows]
-    width = max(lengths)
-    starts = [i * width for i in range(len(rows))] if padded else list(np.cumsum([0, *lengths[:-1]]))
-    ids = np.full(width * len(rows) if padded else sum(lengths), pad_id, dtype=np.int64)
-    positions = np.zeros_like(ids)
-    present = np.zeros_like(ids)
-    predict_at, targets = [], []
-    for start, length, (row_ids, supervised) in zip(starts, lengths, rows, strict=True):
-        ids[start : start + length] = row_ids
-        positions[start : start + length] = np.arange(length)
-        present[start : start + length] = 1
-        wanted = np.flatnonzero(supervised[1:])  # i: token i + 1 is supervised, predicted at i
-        predict_at.append(wanted + start)
-        targets.append(row_ids[wanted + 1])
-    shape = (len(rows), width) if padded else (1, -1)
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
-
-    return MicroBatch(
-        input_ids=tensor(ids).view(shape),
-        position_ids=tensor(positions).view(shape),
-        attention_mask=tensor(present).view(shape) if padded else None,
-        row_lengths=None if padded else lengths,
-        predict_at=tensor(np.concatenate(predict_at)),
-        targets=tensor(np.concatenate(targets)),
-        num_tokens=sum(lengths),
-    )

@@ -1,32 +1,43 @@
-"""Checkpoints: everything a run needs to go on as if nothing had happened, written so that a half one cannot exist.
+"""Checkpoints on disk: everything a run needs to go on as if nothing had happened, and never half of it.
 
 Order of a save: files into `.stage-<attempt>`, each fsynced; the manifest of hashes last; one rename to
 `checkpoint-<step>`; fsync of the parent; only then is it announced. A folder without a verifying manifest is none.
+What goes into one is in `snapshot.py`, when it is written in `saving.py`.
 """
 
+import copy
 import hashlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 
-from sftd.protocol import CheckpointLine
 from sftd.schemas import FailureReason, ManifestFile
 from sftd.spec import JobSpec
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.model import Model
+from sftd_worker.trainer.optim import names_by_shape, names_in_order
+from sftd_worker.trainer.sharding import Shards
+from sftd_worker.trainer.shares import await_shares, read_shares, share_name
+from sftd_worker.trainer.snapshot import Tensors, live_weights, names_on_disk
+from sftd_worker.trainer.tensorfile import write_tensors
 
 MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
-_OPTIMIZER = "optimizer.safetensors"
+ADAPTER = "adapter_model.safetensors"
 # Fields that change nothing about the numbers of a run.
 _NOT_THE_RUN = {"name", "metadata", "priority", "wandb", "save_steps", "logging_steps"}
+# Fields that spread the rows of a step over devices and micro-batches.
+_HOW_SPREAD = {"batch_size", "gradient_accumulation_steps", "gpus", "sharding", "max_tokens_per_step"}
+# Fields that came after the first checkpoints were written: at their defaults they are left out of the hash, so that
+# a job begun under an older version goes on.
+_ADDED_LATER = ("max_tokens_per_step", "sharding")
 
 
 @dataclass
@@ -37,6 +48,13 @@ class RunState:
     data_sha: str = ""  # of the training file and what is left out of it; "" in older checkpoints
     tokens_seen: int = 0  # through the model, without padding
     evaluated_at: int = -1  # step of the newest evaluation
+    whole_budget: dict[str, int] = field(default_factory=dict)  # memory.Budget that the spec gives
+    budget: dict[str, int] = field(
+        default_factory=dict
+    )  # what is left of it for a step; empty before the first
+    eval_budget: dict[str, int] = field(default_factory=dict)  # and of an evaluation
+    unordered: bool = False  # the fixed order of sums was given up (order.py)
+    first_loss: float | None = None  # of the run: what a later loss is measured against
     metrics: dict[str, float] = field(default_factory=dict)  # newest loss and evaluation, for the record
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # all of them, as in eval_results.json
 
@@ -44,59 +62,89 @@ class RunState:
 def config_sha(spec: JobSpec) -> str:
     """Hash of the part of a spec that decides a run's numbers. A checkpoint of another spec is not resumed from."""
     data = spec.model_dump(mode="json", exclude=_NOT_THE_RUN)
+    for name in _ADDED_LATER:
+        if data[name] == JobSpec.model_fields[name].default:
+            del data[name]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    model: Model,
-    tokenizer: Any,
-    optimizer: torch.optim.Optimizer,
-    state: RunState,
-    spec: JobSpec,
-    attempt: int,
-    at: float,
-    world_size: int,
-) -> CheckpointLine:
-    """Write `folder`/checkpoint-<step>; returns the line that announces it. Raises RunFailed(disk_full)."""
-    stage = folder / f".stage-{attempt}"
-    name = f"checkpoint-{state.step}"
-    with disk_errors(f"checkpoint of step {state.step}", leaving=stage):
-        for half in [*folder.glob(".stage-*"), *folder.glob(".trash-*")]:  # of attempts that were killed
-            shutil.rmtree(half, ignore_errors=True)
-        stage.mkdir(parents=True)
-        save_weights(model, stage)
-        tokenizer.save_pretrained(stage)
-        tensors, plain = _flatten(optimizer)
-        save_file(tensors, stage / _OPTIMIZER)
-        _write_json(stage / _STATE, {"run": asdict(state), "optimizer": plain})
-        facts = {
-            "step": state.step,
-            "attempt": attempt,
-            "config_sha": config_sha(spec),
-            "world_size": world_size,
-            "metrics": state.metrics,
+def run_sha(spec: JobSpec) -> str:
+    """The same for specs that spread a step differently over devices and micro-batches: equal but for rounding (and
+    for the random numbers of dropout, which are each rank's own)."""
+    data = spec.model_dump(mode="json", exclude=_NOT_THE_RUN | _HOW_SPREAD)
+    data["rows_per_step"] = spec.batch_size * spec.gradient_accumulation_steps * spec.gpus
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def is_of_run(manifest: dict[str, Any], spec: JobSpec) -> bool:
+    """May a run of `spec` go on from the checkpoint of this manifest?"""
+    return manifest["config_sha"] == config_sha(spec) or manifest.get("run_sha") == run_sha(spec)
+
+
+def fixed_files(*, model: Model, tokenizer: Any) -> dict[str, bytes]:
+    """The files of a checkpoint that are the same at every step, by path: configuration and tokenizer."""
+    with tempfile.TemporaryDirectory(prefix="sftd-") as name:
+        folder = Path(name)
+        if model.net is model.causal:
+            _save_full(model, folder, {}, dtype=torch.float32)
+        else:
+            _save_adapter_config(model, folder)
+        tokenizer.save_pretrained(folder)
+        return {
+            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
         }
-        files, digest = write_manifest(stage, facts)
-        publish(stage, folder / name)
-    return CheckpointLine(
-        attempt=attempt,
-        at=at,
-        step=state.step,
-        name=name,
-        manifest_sha256=digest,
-        files=files,
-        metrics=state.metrics,
-    )
+
+
+def write_checkpoint(
+    stage: Path,
+    *,
+    tensors: Tensors,
+    model: Model,
+    fixed: dict[str, bytes],
+    state: RunState,
+    facts: dict[str, Any],
+    num_shares: int,
+    proceed: Callable[[], None],
+) -> tuple[dict[str, ManifestFile], str]:
+    """Write everything of a checkpoint into the folder `stage`, durably. Returns (files, sha256 of the manifest).
+
+    `publish` makes a checkpoint of it. `proceed` is called between pieces and may raise to end the work. With
+    `num_shares` over 1 the other ranks write theirs of the optimizer's state meanwhile (`shares.write_share`).
+    """
+    stage.mkdir(parents=True, exist_ok=True)
+    for name, content in fixed.items():
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / name).write_bytes(content)
+    weights = "model.safetensors" if model.net is model.causal else ADAPTER
+    share = share_name(0, num_shares)
+    written = {
+        weights: write_tensors(stage / weights, names_on_disk(model, tensors.weights), proceed=proceed),
+        share: write_tensors(stage / share, tensors.optimizer, proceed=proceed),
+    }
+    written |= await_shares(stage, num_shares, proceed=proceed)
+    _write_json(stage / _STATE, {"run": asdict(state), "optimizer": tensors.plain})
+    return write_manifest(stage, {"step": state.step, **facts, "metrics": state.metrics}, written=written)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what attempts that were killed left half written."""
+    for half in [*folder.glob(".stage-*"), *folder.glob(".trash-*")]:
+        shutil.rmtree(half, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, *, model: Model, optimizer: torch.optim.Optimizer) -> RunState:
-    """Put adapter and optimizer back to where they were. All weights of a `full` run are read when the model is loaded."""
-    if model.net is not model.causal:
-        _load_adapter(model, folder)
+    """Put the optimizer back to where it was. The weights have been read when the model was loaded.
+
+    Its state is laid on parameters by name: which number one has depends on how they are grouped. In the first
+    checkpoints of all it was laid by number, when shapes decided what decays.
+    """
     saved = json.loads((folder / _STATE).read_text())
-    _unflatten(optimizer, load_file(folder / _OPTIMIZER), saved["optimizer"])
+    numbers = {name: number for number, name in enumerate(names_in_order(model.net, optimizer))}
+    by_shape = enumerate(names_by_shape(model.net))
+    numbers |= {str(old): numbers[name] for old, name in by_shape if name in numbers}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    tensors = read_shares(folder, {name: parameters[number] for name, number in numbers.items()})
+    _unflatten(optimizer, tensors, saved["optimizer"], numbers)
     return RunState(**saved["run"])
 
 
@@ -107,21 +155,42 @@ def require_whole(folder: Path, spec: JobSpec) -> None:
         raise RunFailed(
             FailureReason.CHECKPOINT_CORRUPT, f"{folder.name} does not match its manifest; it is not used"
         )
-    if manifest["config_sha"] != config_sha(spec):
+    if not is_of_run(manifest, spec):
         raise RunFailed(
             FailureReason.BAD_SPEC,
             f"{folder.name} was written under another spec; post a new job, or use an empty folder",
         )
 
 
-def newest_checkpoint(folder: Path, spec: JobSpec) -> Path | None:
-    """The newest whole checkpoint of this spec under `folder`, or None. For runs without a server."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -_step_of(path))
-    for candidate in found:
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint that a run goes on from, and the damaged ones that are newer."""
+
+    newest: Path | None
+    damaged: list[Path]
+
+    def notices(self) -> list[str]:
+        """What to tell of the damaged ones."""
+        if self.newest is not None:
+            instead = f"the run goes on from {self.newest.name}"
+        else:
+            instead = "there is no whole one before it, and the run begins anew"
+        return [
+            f"{path.name} does not match its manifest and is not used; {instead}. Check the disk."
+            for path in self.damaged
+        ]
+
+
+def find_checkpoint(folder: Path, spec: JobSpec) -> Found:
+    """The newest whole checkpoint of this spec under `folder`. For runs without a server."""
+    damaged = []
+    for candidate in sorted(folder.glob("checkpoint-*"), key=lambda path: -step_of(path)):
         manifest = verify(candidate)
-        if manifest is not None and manifest["config_sha"] == config_sha(spec):
-            return candidate
-    return None
+        if manifest is None:
+            damaged.append(candidate)
+        elif is_of_run(manifest, spec):
+            return Found(candidate, damaged)
+    return Found(None, damaged)
 
 
 def verify(folder: Path) -> dict[str, Any] | None:
@@ -137,11 +206,23 @@ def verify(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's folder; -1 for other names."""
+    tail = path.name.removeprefix("checkpoint-")
+    return int(tail) if tail.isdigit() else -1
+
+
 # ---------------------------------------------------------------- pieces shared with the export
 
 
 def save_weights(model: Model, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """The adapter, or all weights, as safetensors that peft or transformers load by themselves."""
+    """The adapter, or all weights, as safetensors that peft or transformers load by themselves.
+
+    Where weights are sharded this is collective, and rank 0 alone writes.
+    """
+    if model.shards is not None:
+        _save_gathered(model, model.shards, folder, dtype or torch.float32)
+        return
     if model.net is not model.causal:
         model.net.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # peft's own card; the result gets ours
@@ -156,24 +237,56 @@ def save_weights(model: Model, folder: Path, *, dtype: torch.dtype | None = None
             else value
             for name, value in weights.items()
         }
+    _save_full(model, folder, weights, dtype=dtype or torch.float32)
+
+
+def _save_gathered(model: Model, shards: Shards, folder: Path, dtype: torch.dtype) -> None:
+    full = model.net is model.causal
+    weights = {}
+    for name, whole in shards.gather(live_weights(model)):
+        if shards.world.is_main:
+            cast = dtype if full and whole.is_floating_point() else whole.dtype
+            weights[name] = whole.to("cpu", cast, copy=True)
+    if shards.world.is_main and full:
+        _save_full(model, folder, weights, dtype=dtype)
+    elif shards.world.is_main:
+        _save_adapter_config(model, folder)
+        write_tensors(folder / ADAPTER, weights)
+
+
+def _save_adapter_config(model: Model, folder: Path) -> None:
+    config = copy.copy(model.net.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+
+def _save_full(model: Model, folder: Path, weights: dict[str, torch.Tensor], *, dtype: torch.dtype) -> None:
+    """What transformers saves of a model; without `weights`, all but these."""
     config = model.causal.config
     kept = config.dtype, config.use_cache
     config.use_cache = True
     try:
         model.causal.save_pretrained(folder, state_dict=weights)
-        config.dtype = dtype or torch.float32  # save_pretrained writes the type of the model in memory
+        config.dtype = dtype  # save_pretrained writes the type of the model in memory
         config.save_pretrained(folder)
     finally:
         config.dtype, config.use_cache = kept
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, ManifestFile], str]:
-    """Hash and fsync every file of a folder, then write its manifest. Returns (files, sha256 of the manifest)."""
-    files = {}
+def write_manifest(
+    folder: Path, facts: dict[str, Any], *, written: dict[str, ManifestFile] | None = None
+) -> tuple[dict[str, ManifestFile], str]:
+    """Hash and fsync every file of a folder, then write its manifest. Returns (files, sha256 of the manifest).
+
+    Files in `written` were hashed and fsynced as they were written.
+    """
+    files = dict(written or {})
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        files[str(path.relative_to(folder))] = ManifestFile(bytes=path.stat().st_size, sha256=hash_file(path))
         path.chmod(0o644)  # some writers leave 0600, and the server may run as another user
-        _fsync(path)
+        name = str(path.relative_to(folder))
+        if name not in files:
+            files[name] = ManifestFile(bytes=path.stat().st_size, sha256=hash_file(path))
+            _fsync(path)
     body = json.dumps({**facts, "files": {name: file.model_dump() for name, file in files.items()}}, indent=1)
     manifest = folder / MANIFEST
     manifest.write_text(body)
@@ -227,42 +340,16 @@ def hash_file(path: Path) -> str:
 # ---------------------------------------------------------------- helpers
 
 
-def _load_adapter(model: Model, folder: Path) -> None:
-    outcome = set_peft_model_state_dict(model.net, load_file(folder / "adapter_model.safetensors"))
-    if outcome.unexpected_keys:
-        raise RunFailed(
-            FailureReason.CHECKPOINT_CORRUPT, f"{folder.name} holds weights that the adapter does not have"
-        )
-
-
-def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by name and plain values: no pickle on disk."""
-    tensors: dict[str, torch.Tensor] = {}
-    plain: dict[str, Any] = {}
-
-    def put(name: str, value: Any) -> None:
-        if isinstance(value, dict):  # bitsandbytes keeps its quantisation in an inner dict
-            for key, inner in value.items():
-                put(f"{name}/{key}", inner)
-        elif isinstance(value, torch.Tensor):
-            tensors[name] = (
-                value.detach().cpu().contiguous().clone()
-            )  # clone: some share storage, which is refused
-        else:
-            plain[name] = value
-
-    for index, state in optimizer.state_dict()["state"].items():
-        put(str(index), state)
-    return tensors, plain
-
-
 def _unflatten(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], plain: dict[str, Any]
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
+    plain: dict[str, Any],
+    numbers: dict[str, int],
 ) -> None:
     state: dict[int, dict[str, Any]] = {}
     for name, value in [*tensors.items(), *plain.items()]:
-        index, *path, key = name.split("/")
-        place = state.setdefault(int(index), {})
+        parameter, *path, key = name.split("/")
+        place = state.setdefault(numbers[parameter], {})
         for part in path:
             place = place.setdefault(part, {})
         place[key] = value
@@ -279,8 +366,3 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _step_of(path: Path) -> int:
-    tail = path.name.removeprefix("checkpoint-")
-    return int(tail) if tail.isdigit() else -1

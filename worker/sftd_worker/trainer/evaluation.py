@@ -4,19 +4,24 @@ Sums over tokens, divided once: not a mean of means. The full logits are never h
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from sftd.schemas import FailureReason
-from sftd_worker.trainer.batching import collate, lay_out
 from sftd_worker.trainer.data import TokenRows
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.events import Events
-from sftd_worker.trainer.loss import score
-from sftd_worker.trainer.memory import is_out_of_memory, release_memory
+from sftd_worker.trainer.loss import Scores, score
+from sftd_worker.trainer.memory import Budget, release_memory
 from sftd_worker.trainer.model import Model
-from sftd_worker.trainer.world import World, sum_over_ranks
+from sftd_worker.trainer.packing import Prefix, TokenRow, idle_row, lay_out
+from sftd_worker.trainer.sharding import run_passes
+from sftd_worker.trainer.world import World, any_rank, most_of_ranks, sum_over_ranks
+
+_ROWS_AT_ONCE = 512  # rows that are looked at together to lay them out
 
 
 @dataclass(frozen=True)
@@ -34,56 +39,84 @@ def evaluate(
     rows: TokenRows,
     *,
     world: World,
-    max_tokens: int,
-    batch_size: int,
+    budget: Budget,
     pad_id: int,
     events: Events,
-) -> Result:
-    """Evaluate `rows`, spread over all ranks. Uses no random numbers. Out of memory: smaller batches, and said."""
+) -> tuple[Result, Budget]:
+    """Evaluate `rows`, spread over all ranks. Uses no random numbers. Out of memory: smaller batches, and said.
+
+    Returns what was found, and the budget for the next time.
+    """
     mine = list(range(world.rank, len(rows), world.size))
     model.net.eval()
     try:
         while True:
-            try:
-                loss, correct, tokens = _sums(model, rows, mine, max_tokens, batch_size, pad_id)
+            sums, full = _sums(model, rows, mine, budget, pad_id)
+            # Without shards each rank has batches of its own size; with them all go through the same number.
+            if not (full if model.shards is None else any_rank(world, full)[0]):
                 break
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
             release_memory()
-            if max_tokens <= 1:
-                raise RunFailed(FailureReason.OUT_OF_MEMORY, "evaluation: not even one row fits into memory")
-            max_tokens, batch_size = max_tokens // 2, max(1, batch_size // 2)
-            events.notice(f"evaluation: out of memory; going on with batches of {max_tokens} tokens")
+            if budget.is_spent:
+                raise RunFailed(
+                    FailureReason.OUT_OF_MEMORY,
+                    f"evaluation: memory ran out for batches of {budget.max_tokens} tokens, which had been made smaller "
+                    "three times already; lower max_tokens_per_step or batch_size",
+                )
+            rows_here, tokens_here = len(mine), int(rows.lengths[mine].sum())
+            if model.shards is not None:
+                rows_here, tokens_here = most_of_ranks(world, rows_here), most_of_ranks(world, tokens_here)
+            budget = budget.halved(rows=max(1, rows_here), tokens=max(1, tokens_here))
+            events.notice(f"evaluation: out of memory; going on with batches of {budget.max_tokens} tokens")
     finally:
         model.net.train()
-    loss, correct, tokens = sum_over_ranks(world, [loss, correct, tokens])
+    loss, correct, tokens = sum_over_ranks(world, sums)
     mean = loss / tokens
-    return Result(
+    result = Result(
         eval_loss=mean,
         perplexity=math.exp(mean) if mean < 700 else math.inf,
         token_accuracy=correct / tokens,
         num_tokens=int(tokens),
     )
+    return result, budget
 
 
 @torch.no_grad()
 def _sums(
-    model: Model, rows: TokenRows, mine: list[int], max_tokens: int, batch_size: int, pad_id: int
-) -> tuple[float, float, float]:
-    """(summed loss, right predictions, supervised tokens) of this rank's rows."""
-    lengths = [int(rows.lengths[i]) for i in mine]
-    loss, correct, tokens = 0.0, 0.0, 0.0
-    for group in lay_out(lengths, batch_size=batch_size, max_tokens=max_tokens, packing=model.end_to_end):
-        batch = collate(
-            [rows.row(mine[i]) for i in group],
-            device=model.device,
-            padded=not model.end_to_end,
-            pad_id=pad_id,
-        )
+    model: Model, rows: TokenRows, mine: list[int], budget: Budget, pad_id: int
+) -> tuple[list[float], bool]:
+    """([summed loss, right predictions, supervised tokens] of this rank's rows, did its memory run out)."""
+    sums = [0.0, 0.0, 0.0]
+
+    def score_rows(chosen: list[TokenRow], prefixes: list[Prefix | None]) -> Scores:
+        batch = model.batch(chosen, pad_id=pad_id, prefixes=prefixes)
         with model.autocast():
-            scores = score(model.head, model.hidden(batch), batch.targets, vocab_size=model.vocab_size)
-        loss += float(scores.loss_sum)
-        correct += float(scores.num_correct)
-        tokens += scores.num_tokens
-    return loss, correct, tokens
+            return model.whole(lambda: score(model.head, model.hidden(batch), batch.targets))
+
+    def add(chosen: list[TokenRow], prefixes: list[Prefix | None]) -> None:
+        scores = score_rows(chosen, prefixes)
+        sums[0] += float(scores.loss_sum)
+        sums[1] += float(scores.num_correct)
+        sums[2] += scores.num_tokens
+
+    passes: list[Callable[[], None]] = []
+    for start in range(0, len(mine), _ROWS_AT_ONCE):
+        near = mine[start : start + _ROWS_AT_ONCE]
+        passes += [partial(add, *group) for group in _groups(model, [rows.row(i) for i in near], budget)]
+    full = run_passes(model.shards, passes, idle=lambda: score_rows([idle_row(pad_id)], [None]))
+    return sums, full
+
+
+def _groups(
+    model: Model, rows: list[TokenRow], budget: Budget
+) -> Iterator[tuple[list[TokenRow], list[Prefix | None]]]:
+    """Rows as micro-batches, with the prefixes that they share."""
+    prefixes = model.prefixes(rows)
+    layout = lay_out(
+        [len(ids) for ids, _ in rows],
+        batch_size=budget.batch_size,
+        max_tokens=budget.max_tokens,
+        packing=model.end_to_end,
+        prefixes=prefixes,
+    )
+    for group in layout:
+        yield [rows[i] for i in group], [prefixes[i] for i in group]

@@ -1,10 +1,11 @@
 """What a run tells: `logs/events.jsonl` for machines, `logs/training_log.txt` and stdout for people.
 
-Only rank 0 speaks. Lines are flushed as they are written; `sync` makes them durable, before a checkpoint is
-announced and at the end.
+Only rank 0 speaks, from the loop and from the thread that saves. Lines are flushed as they are written; `sync` makes
+them durable, before a checkpoint is announced and at the end.
 """
 
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,6 +28,7 @@ class Events:
         self.attempt = attempt
         self._lines: TextIO | None = None
         self._log: TextIO | None = None
+        self._lock = threading.RLock()  # what one thread says stands together
         if not silent:
             folder.mkdir(parents=True, exist_ok=True)
             self._lines = _open_for_append(folder / "events.jsonl")
@@ -37,11 +39,12 @@ class Events:
         if self._log is None:
             return
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        for line in text.splitlines() or [""]:
-            self._log.write(f"{stamp} {line}\n")
-            print(line, flush=True)
-            self._write(LogTextLine(attempt=self.attempt, at=time.time(), text=line[:MAX_LINE_CHARS]))
-        self._log.flush()
+        with self._lock:
+            for line in text.splitlines() or [""]:
+                self._log.write(f"{stamp} {line}\n")
+                print(line, flush=True)
+                self._write(LogTextLine(attempt=self.attempt, at=time.time(), text=line[:MAX_LINE_CHARS]))
+            self._log.flush()
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Metrics of one optimizer step."""
@@ -78,13 +81,16 @@ class Events:
         """Make everything said so far survive a power loss."""
         for file in (self._lines, self._log):
             if file is not None:
-                file.flush()
-                os.fsync(file.fileno())
+                with self._lock:
+                    file.flush()
+                os.fsync(file.fileno())  # may take long: the loop goes on speaking
 
     def _write(self, line: TrainerLine) -> None:
         if self._lines is not None:
-            self._lines.write(line.model_dump_json() + "\n")
-            self._lines.flush()
+            text = line.model_dump_json() + "\n"
+            with self._lock:
+                self._lines.write(text)
+                self._lines.flush()
 
 
 def _open_for_append(path: Path) -> TextIO:

@@ -19,13 +19,17 @@ def export(
     """Write `output`/results: weights or adapter, tokenizer with its chat template, model card, manifest.
 
     A `full` model is saved in the type that its base is stored in (fp32 if the run computed in fp32), an adapter in
-    fp32. Returns the manifest's files. Raises RunFailed(disk_full).
+    fp32. Returns the manifest's files. Raises RunFailed(disk_full). Where weights are sharded all ranks call this, and
+    rank 0 writes.
     """
+    dtype = torch.float32 if model.precision.name == "fp32" else model.stored_dtype
+    if model.shards is not None and not model.shards.world.is_main:
+        save_weights(model, output, dtype=dtype)
+        return {}
     stage = output / f".stage-results-{job.attempt}"
     with disk_errors("result", leaving=stage):
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
-        dtype = torch.float32 if model.precision.name == "fp32" else model.stored_dtype
         save_weights(model, stage, dtype=dtype)
         tokenizer.save_pretrained(stage)
         (stage / "README.md").write_text(_card(job, state), encoding="utf-8")

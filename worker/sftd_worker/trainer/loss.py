@@ -1,59 +1,205 @@
 """Cross-entropy over the supervised positions alone, in chunks: the full logits are never made.
 
-The loss of a step is the sum over its supervised tokens divided by their number. Here only sums are computed; the
-caller divides, once, by the number of the whole step.
+The gradient of a chunk is made right behind its loss, while its logits are at hand: they are neither kept for the
+backward pass nor computed twice. (The derivative is softmax - onehot; chunking and gradient-in-forward as in Liger
+Kernel, arXiv:2410.10989.) Only sums are computed; the caller's `scale` divides them by the tokens of the whole step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-CHUNK_LOGITS = 32 * 1024 * 1024  # logits alive at once; 128 MiB in fp32
+CHUNK_LOGITS = 64 * 1024 * 1024  # logits alive at once: 128 MiB in bf16, 256 MiB in fp32
+_BLOCK_LOGITS = (
+    2 * 1024 * 1024
+)  # on a CPU the passes over a chunk go piece by piece, each small enough for its cache
+_BLOCK_WEIGHTS = 16 * 1024 * 1024  # of the head, whose product of lower precision is made before it is added
 
-Head = Callable[[torch.Tensor], torch.Tensor]  # (n, d) hidden states -> (n, V) logits
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits."""
+
+    logits: Callable[[torch.Tensor], torch.Tensor]  # (n, d) -> (n, V)
+    vocab_size: int
+    weight: torch.Tensor | None  # (V, d), where logits are hidden @ weight.T and nothing else
+    parameters: tuple[torch.nn.Parameter, ...]  # all of the head's that learn
+    adds_up: bool = False  # the gradient of `weight` may go into its `.grad` at once, past autograd
 
 
 @dataclass(frozen=True)
 class Scores:
     """Sums over supervised tokens."""
 
-    loss_sum: torch.Tensor  # scalar, fp32
+    loss_sum: torch.Tensor  # scalar, fp64
     num_correct: torch.Tensor  # scalar, int64
     num_tokens: int
 
 
-def loss_sum(head: Head, hidden: torch.Tensor, targets: torch.Tensor, *, vocab_size: int) -> torch.Tensor:
-    """Summed cross-entropy of `hidden` (n, d) against `targets` (n,), with gradient; a scalar in fp32.
+def scaled_loss(head: Head, hidden: torch.Tensor, targets: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """`scale` × the summed cross-entropy of `hidden` (n, d) against `targets` (n,), with gradient; a scalar in fp64.
 
-    Each chunk's logits are made again in the backward pass instead of being kept.
+    Logits are made in the type of autocast where it is on; the loss itself is computed in fp32 and summed in fp64. Where
+    the head `adds_up`, the loss must be the end of the chain: its weight has its gradient before `backward` is called.
     """
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, wanted in _chunks(hidden, targets, vocab_size):
-        total = total + checkpoint(_chunk_loss, head, rows, wanted, use_reentrant=False)
-    return total
+    if head.weight is not None:
+        # Where no backward pass follows, what went into `.grad` would stay there.
+        adds_up = head.adds_up and hidden.requires_grad and torch.is_grad_enabled()
+        return _PlainHead.apply(hidden, head.weight, targets, scale, head.vocab_size, adds_up)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply unannotated
+    return _AnyHead.apply(head, hidden, targets, scale, *head.parameters)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply unannotated
 
 
 @torch.no_grad()
-def score(head: Head, hidden: torch.Tensor, targets: torch.Tensor, *, vocab_size: int) -> Scores:
+def score(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> Scores:
     """Summed cross-entropy and number of right top-1 predictions, without gradient."""
     loss = hidden.new_zeros((), dtype=torch.float64)
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    for rows, wanted in _chunks(hidden, targets, vocab_size):
-        logits = head(rows).float()
-        loss += F.cross_entropy(logits, wanted, reduction="sum").double()
-        correct += (logits.argmax(-1) == wanted).sum()
+    for rows in _pieces(targets.numel(), CHUNK_LOGITS, head.vocab_size):
+        logits = head.logits(hidden[rows])
+        for part in _blocks(logits):
+            wanted = targets[rows][part]
+            block = logits[part].float()
+            correct += (block.argmax(-1) == wanted).sum()
+            losses, _ = _exponentiate(block, wanted)
+            loss += losses
     return Scores(loss, correct, targets.numel())
 
 
-def _chunk_loss(head: Head, rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(head(rows).float(), wanted, reduction="sum")
+class _PlainHead(torch.autograd.Function):
+    """logits = hidden @ weight.T. Two matrix products more than the forward alone, and passes over logits in cache.
+
+    With `adds_up` the gradient of the weight is never held beside its `.grad`: of large vocabularies it is the largest
+    tensor of all, and where the weight is the embedding's too, it would wait for the whole backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        scale: float,
+        vocab_size: int,
+        adds_up: bool,
+    ) -> torch.Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        learns_hidden, learns_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if learns_hidden else None
+        grad_weight = _Sum(weight, weight.grad if adds_up else None)
+        loss = hidden.new_zeros((), dtype=torch.float64)
+        with torch.autocast(kind, enabled=False):
+            states, matrix = hidden.to(dtype), weight.to(dtype)
+            for rows in _pieces(targets.numel(), CHUNK_LOGITS, vocab_size):
+                logits = states[rows] @ matrix.T  # (c, V)
+                loss += _loss_and_gradient(logits, targets[rows], scale)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = logits @ matrix
+                if learns_weight:
+                    grad_weight.add(logits, states[rows])
+        if adds_up and learns_weight:
+            weight.grad = grad_weight.total
+        ctx.save_for_backward(grad_hidden, None if adds_up else grad_weight.total)
+        return loss * scale
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        return (*(_times(grad, outer[0]) for grad in ctx.saved_tensors), None, None, None, None)
 
 
-def _chunks(
-    hidden: torch.Tensor, targets: torch.Tensor, vocab_size: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    size = max(1, CHUNK_LOGITS // vocab_size)
-    return list(zip(torch.split(hidden, size), torch.split(targets, size), strict=True))
+class _Sum:
+    """The gradient of a head's weight (V, d), chunk by chunk, in its own type. None before the first."""
+
+    def __init__(self, weight: torch.Tensor, total: torch.Tensor | None) -> None:
+        self._weight = weight
+        self.total = total
+
+    def add(self, logits: torch.Tensor, states: torch.Tensor) -> None:
+        """Gradients of logits (c, V) at states (c, d)."""
+        parts = _pieces(len(self._weight), _BLOCK_WEIGHTS, states.shape[1])
+        if self.total is None:
+            self.total = torch.empty_like(self._weight)
+            for part in parts:
+                self.total[part] = logits[:, part].T @ states
+        elif logits.dtype == self.total.dtype:
+            self.total.addmm_(logits.T, states)
+        else:
+            for part in parts:
+                self.total[part] += logits[:, part].T @ states
+
+
+class _AnyHead(torch.autograd.Function):
+    """A head with a bias, an adapter or a scaling behind it: torch differentiates each chunk on the spot."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: Head,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        scale: float,
+        *parameters: torch.nn.Parameter,
+    ) -> torch.Tensor:
+        grad_hidden = torch.zeros_like(hidden)
+        grads = [torch.zeros_like(parameter) for parameter in parameters]
+        loss = hidden.new_zeros((), dtype=torch.float64)
+        for rows in _pieces(targets.numel(), CHUNK_LOGITS, head.vocab_size):
+            with torch.enable_grad():
+                states = hidden[rows].detach().requires_grad_()
+                part = F.cross_entropy(head.logits(states).float(), targets[rows], reduction="sum")
+                found = torch.autograd.grad(part * scale, [states, *parameters])
+            grad_hidden[rows] = found[0]
+            for grad, more in zip(grads, found[1:], strict=True):
+                grad += more
+            loss += part.detach().double()
+        ctx.save_for_backward(grad_hidden, *grads)
+        return loss * scale
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        grad_hidden, *grads = (_times(grad, outer[0]) for grad in ctx.saved_tensors)
+        return (None, grad_hidden, None, None, *grads)
+
+
+def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
+    """Summed loss of `logits` (n, V), which become `scale` × their own gradient, in place."""
+    loss = logits.new_zeros((), dtype=torch.float64)
+    for part in _blocks(logits):
+        wanted = targets[part]
+        block = logits[part].float()  # the very memory where logits are fp32
+        losses, sums = _exponentiate(block, wanted)
+        loss += losses
+        block.mul_(scale / sums)
+        block[torch.arange(len(wanted), device=block.device), wanted] -= scale
+        if block.data_ptr() != logits[part].data_ptr():
+            logits[part] = block
+    return loss
+
+
+def _exponentiate(block: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(summed loss, sum of exponentials (n, 1)) of fp32 logits (n, V), which become exp(logits - their maximum)."""
+    wanted = block.gather(1, targets[:, None])
+    largest = block.amax(-1, keepdim=True)
+    sums = block.sub_(largest).exp_().sum(-1, keepdim=True)
+    return (sums.log().double() + largest.double() - wanted.double()).sum(), sums
+
+
+def _blocks(logits: torch.Tensor) -> Iterator[slice]:
+    most = _BLOCK_LOGITS if logits.device.type == "cpu" else logits.numel()
+    return _pieces(logits.shape[0], most, logits.shape[1])
+
+
+def _pieces(num_rows: int, most: int, width: int) -> Iterator[slice]:
+    """Cut `num_rows` rows of `width` into slices of at most `most` elements (but one row at least)."""
+    size = max(1, most // max(1, width))
+    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+
+
+def _times(grad: torch.Tensor | None, outer: torch.Tensor) -> torch.Tensor | None:
+    """The chain rule; nothing to do where the loss is the end of the chain, as in training on a CPU."""
+    if grad is None or (outer.device.type == "cpu" and outer.item() == 1.0):
+        return grad
+    return grad * outer.to(grad.dtype)

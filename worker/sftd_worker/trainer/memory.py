@@ -1,7 +1,11 @@
 """Running out of memory: how to tell, how to tidy up, and what a run will need."""
 
+import ctypes
 import gc
 import re
+import resource
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -11,6 +15,39 @@ from sftd.spec import JobSpec
 _WORDS = re.compile(
     r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED|failed to allocate", re.I
 )
+
+
+_MOST_HALVINGS = 3
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much goes through the model at once. It shrinks when memory runs out, and stays so for the rest of the run."""
+
+    batch_size: int  # rows, where they are padded
+    max_tokens: int  # tokens, where they lie end to end
+    halvings: int = 0
+
+    @property
+    def is_spent(self) -> bool:
+        return self.halvings >= _MOST_HALVINGS
+
+    def halved(self, *, rows: int, tokens: int) -> "Budget":
+        """Half of what was too much: `rows` and `tokens` of the largest micro-batch, which may be far below the budget."""
+        batch_size, max_tokens = min(self.batch_size, rows), min(self.max_tokens, tokens)
+        return Budget(max(1, batch_size // 2), max(1, max_tokens // 2), self.halvings + 1)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what torch frees on a CPU for its next step, not give it back and fault every page in again.
+
+    https://man7.org/linux/man-pages/man3/mallopt.3.html; other libraries than glibc have no such call.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -43,3 +80,27 @@ def estimate_bytes(
         "optimizer": (8 if spec.optimizer == "adamw" else 2) * trainable,
         "activations": per_token * spec.max_seq_length * spec.batch_size,
     }
+
+
+def expected_host_bytes() -> int:
+    """Memory that this process has held at its fullest moment and does not hold now: what a next step will take again.
+
+    Next to nothing where freed memory is kept; other allocators (mimalloc, jemalloc) give it back.
+    """
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return max(0, most - pages * resource.getpagesize())
+
+
+def available_host_bytes() -> int:
+    """Memory of this machine that can still be taken, or of the container where that is less."""
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        held = int((group / "memory.current").read_text())
+        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(free, limit - held + int(kept["inactive_file"]))  # cached files give way
+    except (OSError, ValueError, KeyError):
+        return free

@@ -6,37 +6,42 @@ in bf16 weights. Frozen weights are kept in `precision`. Weights are read from s
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from sftd.protocol import TrainerJob
 from sftd.schemas import FailureReason
 from sftd.spec import JobSpec
 from sftd_worker.trainer import attention
-from sftd_worker.trainer.batching import MicroBatch
 from sftd_worker.trainer.errors import RunFailed
+from sftd_worker.trainer.loss import Head
+from sftd_worker.trainer.packing import (
+    Kernel,
+    MicroBatch,
+    Prefix,
+    TokenRow,
+    collate,
+    collate_padded,
+    find_prefixes,
+)
+from sftd_worker.trainer.precision import Precision
+from sftd_worker.trainer.probe import try_end_to_end
+from sftd_worker.trainer.sharding import Sharding, Shards, load_in_shares
 from sftd_worker.trainer.template import Template, chatml
+from sftd_worker.trainer.world import World
 
-_PROBE_LENGTHS = [19, 23]  # two short rows: long enough to tell whether one leaks into the other
+T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Precision:
-    """bf16 or fp32, and why."""
-
-    name: str
-    reason: str
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.name == "bf16" else torch.float32
+_SCALINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # see Model.logits
 
 
 @dataclass
@@ -50,7 +55,10 @@ class Model:
     end_to_end: bool  # rows may be laid end to end; else they are padded
     padded_because: str | None
     stored_dtype: torch.dtype  # of the base as it lies on disk; full results are saved in it
+    kernel: Kernel = "rows"  # how rows laid end to end attend: see attention.py
+    shares_prefixes: bool = False  # tokens that rows begin with in common are computed once
     one_by_one: bool = False  # a row's numbers depend on the rows beside it: micro-batches of one row
+    shards: Shards | None = None  # with `sharding: fsdp`
 
     @property
     def vocab_size(self) -> int:
@@ -62,15 +70,45 @@ class Model:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in bf16, where that is the precision."""
-        if self.precision.name != "bf16":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        # Its cache would keep bf16 copies of all layers, of which a sharded model holds one at a time.
+        return self.precision.autocast(self.device, cache=self.shards is None)
+
+    def batch(
+        self, rows: Sequence[TokenRow], *, pad_id: int, prefixes: Sequence[Prefix | None] | None = None
+    ) -> MicroBatch:
+        """Tensors of a micro-batch, laid out as this model can read them."""
+        if not self.end_to_end:
+            return collate_padded(rows, device=self.device, pad_id=pad_id)
+        return collate(rows, device=self.device, prefixes=prefixes, kernel=self.kernel)
+
+    def prefixes(self, rows: Sequence[TokenRow]) -> list[Prefix | None]:
+        """What rows share from their start, as far as this model can share it.
+
+        Not under dropout: rows would share their noise, and packing would change the training.
+        """
+        if not self.shares_prefixes or (self.net.training and self.has_dropout):
+            return [None] * len(rows)
+        return find_prefixes(rows)
+
+    @cached_property
+    def has_dropout(self) -> bool:
+        """Does training draw random numbers: in an adapter, or in the model itself?"""
+        rates = [module.p for module in self.net.modules() if isinstance(module, torch.nn.Dropout)]
+        config = self.causal.config.get_text_config()
+        rates += [
+            value for name in ("attention_dropout", "attn_pdrop") if (value := getattr(config, name, 0))
+        ]
+        return any(rate > 0 for rate in rates)
+
+    def whole(self, compute: Callable[[], T]) -> T:
+        """`compute()` with all weights at hand that `hidden` and `head` read; a whole model has them anyway."""
+        return compute() if self.shards is None else self.shards.whole(compute)
 
     def hidden(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states at the positions whose next token is supervised: (n, d)."""
         extra: dict[str, Any] = {"use_cache": False}
-        if batch.row_lengths is not None:
-            extra["row_lengths"] = batch.row_lengths
+        if batch.layout is not None:
+            extra["row_layout"] = batch.layout
         decoder = self.causal.get_decoder()
         states = decoder(
             input_ids=batch.input_ids,
@@ -80,7 +118,22 @@ class Model:
         ).last_hidden_state  # (1, T, d) or (B, T, d)
         return states.reshape(-1, states.shape[-1])[batch.predict_at]  # type: ignore[no-any-return]
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    @property
+    def head(self) -> Head:
+        """What makes logits of hidden states."""
+        layer = self.causal.get_output_embeddings()
+        config = self.causal.config.get_text_config()
+        scaled = any(getattr(config, name, None) is not None for name in _SCALINGS)
+        plain = type(layer) is torch.nn.Linear and layer.bias is None and not scaled
+        return Head(
+            logits=self.logits,
+            vocab_size=self.vocab_size,
+            weight=layer.weight if plain else None,
+            adds_up=self.shards is None,  # sharding is told of gradients by autograd
+            parameters=tuple(parameter for parameter in layer.parameters() if parameter.requires_grad),
+        )
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (n, V) of hidden states (n, d), with the scaling that some models put behind their head."""
         logits: torch.Tensor = self.causal.get_output_embeddings()(hidden)
         config = self.causal.config.get_text_config()
@@ -91,21 +144,6 @@ class Model:
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
             logits = torch.tanh(logits / cap) * cap
         return logits
-
-
-def choose_precision(spec: JobSpec, device: torch.device) -> Precision:
-    """Settle `precision: auto`, with the reason."""
-    if spec.precision != "auto":
-        return Precision(spec.precision, "as the spec says")
-    if spec.method == "qlora":
-        return Precision("bf16", "qlora computes in bf16")
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Precision("bf16", f"{torch.cuda.get_device_name(device)} has bf16")
-        return Precision("fp32", f"{torch.cuda.get_device_name(device)} has no bf16")
-    if torch.cpu._is_amx_tile_supported():
-        return Precision("bf16", "this CPU has AMX")
-    return Precision("fp32", "this CPU has no AMX; bf16 would be slower")
 
 
 def load_tokenizer(job: TrainerJob) -> tuple[Any, Template, bool]:
@@ -134,36 +172,57 @@ def load_tokenizer(job: TrainerJob) -> tuple[Any, Template, bool]:
 
 
 def load_model(
-    job: TrainerJob, *, device: torch.device, precision: Precision, resume_from: Path | None
+    job: TrainerJob, *, world: World, sharding: Sharding, precision: Precision, resume_from: Path | None
 ) -> Model:
     """Load the base, put an adapter on it where the method asks for one, and prepare it for training.
 
-    A `full` run that is resumed reads its weights from the checkpoint `resume_from` instead of the base.
-    Raises RunFailed: model_not_found, model_unsupported or out_of_memory.
+    A run that is resumed reads its weights (all of them, or the adapter's) from the checkpoint `resume_from`.
+    Raises RunFailed: model_not_found, model_unsupported, checkpoint_corrupt or out_of_memory.
     """
+    device = world.device
     spec = job.spec
     attention.register()
     config = _from_hub(job, "config", AutoConfig.from_pretrained, job.model_path, **_hub_options(job))
     stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
     dtype = torch.float32 if spec.method == "full" else precision.dtype
     source = str(resume_from) if resume_from is not None and spec.method == "full" else job.model_path
-    causal = _from_hub(job, "model", _load_weights, job, source, config, dtype, device)
-    causal.config.use_cache = False
-    _keep_4bit_trainable(causal)
-    one_by_one = spec.max_seq_length > _rope_limit(config)
-    end_to_end, because = (
-        (False, "its rotary positions depend on the longest row of a micro-batch")
-        if one_by_one
-        else _try_end_to_end(causal, device)
-    )
-    _check_head(causal, device, precision, spec)
-    if spec.method == "full":
-        net = causal
-        causal.requires_grad_(True)
-    else:
-        causal.requires_grad_(False)
+
+    def load(place: torch.device) -> tuple[Any, Any]:
+        causal = _from_hub(job, "model", _load_weights, job, source, config, dtype, place)
+        causal.config.use_cache = False
+        _keep_4bit_trainable(causal)
+        causal.requires_grad_(spec.method == "full")
+        if spec.method == "full":
+            return causal, causal
         net = _with_adapter(causal, job)
-    model = Model(net, causal, precision, device, end_to_end, because, stored, one_by_one)
+        if resume_from is not None:
+            _load_adapter(net, resume_from)
+        return net, causal
+
+    shards = None
+    if sharding.name == "fsdp":
+        net, causal, shards = load_in_shares(load, world)
+    else:
+        net, causal = load(device)
+    model = Model(
+        net=net,
+        causal=causal,
+        precision=precision,
+        device=device,
+        end_to_end=False,
+        padded_because="its rotary positions depend on the longest row of a micro-batch",
+        stored_dtype=stored,
+        one_by_one=spec.max_seq_length > _rope_limit(config),
+        shards=shards,
+    )
+    with torch.no_grad():
+        if not model.one_by_one:
+            apart = model.whole(lambda: try_end_to_end(causal, device, precision))
+            model.end_to_end, model.padded_because = apart.end_to_end, apart.because
+            model.kernel, model.shares_prefixes = apart.kernel, apart.shares_prefixes
+        if model.end_to_end:
+            causal.set_attn_implementation(attention.NAME)
+        model.whole(lambda: _check_head(causal, device, precision, spec))
     if spec.gradient_checkpointing:
         try:
             # Renamed in the course of transformers 5; the old name goes in 6.
@@ -234,64 +293,15 @@ def _with_adapter(causal: Any, job: TrainerJob) -> Any:
         raise RunFailed(FailureReason.BAD_SPEC, f"lora.target_modules: {error}") from error
 
 
+def _load_adapter(net: Any, folder: Path) -> None:
+    outcome = set_peft_model_state_dict(net, load_file(folder / "adapter_model.safetensors"))
+    if outcome.unexpected_keys:
+        raise RunFailed(
+            FailureReason.CHECKPOINT_CORRUPT, f"{folder.name} holds weights that the adapter does not have"
+        )
+
+
 # ---------------------------------------------------------------- what this model can do
-
-
-def _try_end_to_end(causal: Any, device: torch.device) -> tuple[bool, str | None]:
-    """Switch to row-by-row attention and prove it: two rows end to end must give what each gives alone.
-
-    Where that fails the model keeps its own attention and rows are padded: slower, and just as right.
-    """
-    own = causal.config._attn_implementation
-    linear = [kind for kind in _layer_kinds(causal) if kind not in ("full_attention", "sliding_attention")]
-    if linear:
-        return False, f"it has layers of the kind {linear[0]}, which carry state from row to row"
-    try:
-        causal.set_attn_implementation(attention.NAME)
-        leak = _leak_between_rows(causal, device, own)
-    except (attention.NotSeparable, ValueError, TypeError, RuntimeError, KeyError) as error:
-        causal.set_attn_implementation(own)
-        return False, f"its attention cannot be kept apart ({error})"
-    if leak > 1e-2:
-        causal.set_attn_implementation(own)
-        return False, f"rows laid end to end influence each other (by {leak:.2g} of a hidden state)"
-    return True, None
-
-
-@torch.no_grad()
-def _leak_between_rows(causal: Any, device: torch.device, own_attention: str) -> float:
-    """Largest difference, relative to the states' size, between rows end to end and rows alone."""
-    decoder = causal.get_decoder()
-    training = causal.training
-    causal.eval()
-    generator = torch.Generator().manual_seed(0)
-    vocab = causal.get_input_embeddings().weight.shape[0]
-    rows = [torch.randint(0, vocab, (1, n), generator=generator).to(device) for n in _PROBE_LENGTHS]
-    positions = [torch.arange(n, device=device)[None] for n in _PROBE_LENGTHS]
-    together = decoder(
-        input_ids=torch.cat(rows, 1),
-        position_ids=torch.cat(positions, 1),
-        row_lengths=_PROBE_LENGTHS,
-        use_cache=False,
-    ).last_hidden_state
-    alone = torch.cat(
-        [
-            decoder(
-                input_ids=ids, position_ids=at, row_lengths=[ids.shape[1]], use_cache=False
-            ).last_hidden_state
-            for ids, at in zip(rows, positions, strict=True)
-        ],
-        1,
-    )
-    # Row by row attention must also agree with the model's own on a single row.
-    causal.set_attn_implementation(own_attention)
-    own = decoder(input_ids=rows[1], position_ids=positions[1], use_cache=False).last_hidden_state
-    causal.set_attn_implementation(attention.NAME)
-    causal.train(training)
-    size = alone.float().abs().mean().clamp_min(1e-12)
-    between = ((together - alone).float().abs().mean() / size).item()
-    against_own = ((alone[:, -own.shape[1] :] - own).float().abs().mean() / size).item()
-    return float(max(between, against_own))
 
 
 @torch.no_grad()
@@ -299,12 +309,12 @@ def _check_head(causal: Any, device: torch.device, precision: Precision, spec: J
     """The head as computed here must be the model's own, else the loss would be another model's."""
     training = causal.training
     causal.eval()
-    probe = Model(causal, causal, precision, device, False, None, precision.dtype)
+    probe = Model(causal, causal, precision, device, False, None, precision.dtype)  # for its logits alone
     ids = torch.arange(7, device=device)[None]
     with probe.autocast():
         wanted = causal(input_ids=ids, use_cache=False).logits[0].float()
         states = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-        got = probe.head(states).float()
+        got = probe.logits(states).float()
     causal.train(training)
     slack = 2e-2 * float(wanted.nan_to_num().abs().max())
     if got.shape != wanted.shape or not torch.allclose(got, wanted, rtol=2e-2, atol=slack, equal_nan=True):
@@ -328,10 +338,6 @@ def _rope_limit(config: Any) -> float:
         ),
         default=math.inf,
     )
-
-
-def _layer_kinds(causal: Any) -> list[str]:
-    return list(getattr(causal.config.get_text_config(), "layer_types", None) or [])
 
 
 # ---------------------------------------------------------------- loading

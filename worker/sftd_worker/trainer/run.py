@@ -4,6 +4,7 @@ import os
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
@@ -18,14 +19,21 @@ from sftd_worker.trainer.train import Stopped, train
 from sftd_worker.trainer.world import join_world, leave_world
 
 
-def run(job: TrainerJob, *, signals: Signals) -> EndLine:
-    """Do a run and say how it ended. Never raises for what can go wrong in a run."""
+def run(job: TrainerJob, *, signals: Signals, notices: Sequence[str] = ()) -> EndLine:
+    """Do a run and say how it ended. Never raises for what can go wrong in a run.
+
+    `notices` are told first: what was found out before the run began.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries; nothing a user can mend
+    # transformers looks at sharded weights through a type that torch gives up.
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
     disable_progress_bar()  # a log is no terminal
     is_main = os.environ.get("RANK", "0") == "0"
     logs = Path(job.output_dir) / "logs"
     begins_at = _size(logs / "events.jsonl")
     events = Events(logs, attempt=job.attempt, silent=not is_main)
+    for notice in notices:
+        events.notice(notice)
     world = None
 
     def end(
@@ -60,8 +68,9 @@ def run(job: TrainerJob, *, signals: Signals) -> EndLine:
     if line.outcome == "failed":
         events.log(f"failed ({line.reason}): {line.message}")
     # The first rank that fails knows why; for the others a collective breaks. Rank 0 may hang in one and be killed, so
-    # the rank that failed speaks for the run, whichever it is.
-    if (is_main or line.outcome == "failed") and not _has_ended(logs / "events.jsonl", begins_at):
+    # the rank that failed speaks for the run, whichever it is. A divergence is seen by all at once: rank 0 tells it.
+    speaks = is_main or (line.outcome == "failed" and line.reason != FailureReason.DIVERGED)
+    if speaks and not _has_ended(logs / "events.jsonl", begins_at):
         (events if is_main else Events(logs, attempt=job.attempt)).end(line)
     if world is not None and line.outcome != "failed":
         leave_world(world)

@@ -9,6 +9,7 @@ import os
 import signal
 from types import FrameType
 
+OBEYED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -40,7 +41,11 @@ class Signals:
 
 def die_with_parent() -> None:
     """Be killed when the parent dies, however it dies: no training goes on unseen. Linux only; survives exec."""
-    parent = os.getppid()
+    die_with(os.getppid())
+
+
+def die_with(parent: int) -> None:
+    """The same, where the parent is known: be killed at once if it is another by now."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call took effect
         os.kill(os.getpid(), signal.SIGKILL)

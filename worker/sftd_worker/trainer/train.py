@@ -11,7 +11,9 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,12 @@ import yaml
 
 from sftd.protocol import TrainerJob
 from sftd.schemas import FailureReason, ManifestFile
-from sftd_worker.trainer.batching import Plan, collate, lay_out, make_plan, share_of_rank
+from sftd_worker.trainer.batching import Plan, make_plan, share_of_rank
 from sftd_worker.trainer.checkpoint import (
     RunState,
     hash_file,
     load_checkpoint,
     require_whole,
-    save_checkpoint,
 )
 from sftd_worker.trainer.data import (
     Tokenizing,
@@ -37,17 +38,23 @@ from sftd_worker.trainer.data import (
     split_by_hash,
     tokenize_file,
 )
+from sftd_worker.trainer.divergence import diverged, evaluation_has_exploded, has_exploded
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.evaluation import evaluate
 from sftd_worker.trainer.events import Events
 from sftd_worker.trainer.export import export
-from sftd_worker.trainer.loss import loss_sum
-from sftd_worker.trainer.memory import estimate_bytes, is_out_of_memory, release_memory
-from sftd_worker.trainer.model import Model, choose_precision, load_model, load_tokenizer
+from sftd_worker.trainer.loss import scaled_loss
+from sftd_worker.trainer.memory import Budget, estimate_bytes, keep_freed_memory, release_memory
+from sftd_worker.trainer.model import Model, load_model, load_tokenizer
 from sftd_worker.trainer.optim import learning_rate, make_optimizer, set_learning_rate, warmup_steps
+from sftd_worker.trainer.order import FixedOrder
+from sftd_worker.trainer.packing import Prefix, TokenRow, idle_row, lay_out, most_tokens
+from sftd_worker.trainer.precision import choose_precision
+from sftd_worker.trainer.saving import Saver
+from sftd_worker.trainer.sharding import Sharding, choose_sharding, run_passes
 from sftd_worker.trainer.signals import Signals
 from sftd_worker.trainer.tracking import start_tracker
-from sftd_worker.trainer.world import World, any_rank, barrier, sum_gradients, sum_over_ranks
+from sftd_worker.trainer.world import World, any_rank, barrier, most_of_ranks, sum_gradients, sum_over_ranks
 
 
 class Stopped(Exception):
@@ -68,13 +75,18 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     torch.manual_seed(spec.seed)
     precision = choose_precision(spec, world.device)
     torch.backends.cuda.matmul.allow_tf32 = precision.name == "bf16"  # fp32 means fp32
+    order = FixedOrder()
+    if world.device.type == "cpu":
+        keep_freed_memory()
     events.log(
         f"{spec.method} on {_device_name(world)}, {world.size} process(es), {precision.name}: {precision.reason}"
     )
+    sharding = choose_sharding(spec, world)
+    events.log(f"sharding: {sharding} ({sharding.reason})")
 
     # ---- model
     tokenizer, template, own_template = load_tokenizer(job)
-    model = load_model(job, device=world.device, precision=precision, resume_from=resume_from)
+    model = load_model(job, world=world, sharding=sharding, precision=precision, resume_from=resume_from)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if not own_template:
         events.log("the model brings no chat template: ChatML is used, and saved with the result")
@@ -99,7 +111,7 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     )
 
     # ---- optimiser
-    optimizer = make_optimizer(spec, model.net.named_parameters(), world.device)
+    optimizer = make_optimizer(spec, model.net, world.device)
     parameters = model.trainable()
 
     # ---- resume
@@ -108,6 +120,9 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     state = RunState(data_sha=data_sha)
     if resume_from is not None:
         state = load_checkpoint(resume_from, model=model, optimizer=optimizer)
+        if state.unordered:
+            order.give_up()
+            events.log("sums are made in no fixed order, as before: this run may differ in the last bits")
         if state.data_sha not in ("", data_sha):
             raise RunFailed(
                 FailureReason.BAD_SPEC,
@@ -115,7 +130,11 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
                 "(and flags) back, or use an empty folder",
             )
         events.log(f"resumed from {resume_from.name}: {state.step} of {plan.total_steps} steps are done")
-    _describe(job, model, train_rows, eval_rows, plan, state, world, events, tokenizer, resume_from)
+    _describe(job, model, sharding, train_rows, eval_rows, plan, state, world, events, tokenizer, resume_from)
+    if (
+        world.is_main and state.evaluations
+    ):  # the file may have been left by an attempt that had come less far, or further
+        _write_evaluations(output, state)
     tracker = start_tracker(
         spec.wandb if world.is_main else None,
         events=events,
@@ -127,28 +146,42 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
 
     # ---- loop: evaluate, save, stop?, step, log
     rows_at_once = 1 if model.one_by_one else spec.batch_size
-    budget = _Budget(rows_at_once, rows_at_once * spec.max_seq_length)
-    eval_budget = budget  # stays as it is when a training step runs out of memory
+    whole_budget = Budget(rows_at_once, spec.max_tokens_per_step or rows_at_once * spec.max_seq_length)
+    budget = eval_budget = (
+        whole_budget  # apart: an evaluation keeps less in memory, and may be made of longer rows
+    )
+    if state.whole_budget == asdict(whole_budget):  # not where the spec asks for other micro-batches now
+        budget = Budget(**state.budget) if state.budget else budget
+        eval_budget = Budget(**state.eval_budget) if state.eval_budget else eval_budget
+    state.whole_budget = asdict(whole_budget)
     saved_at = state.step if resume_from is not None else -1
-    checkpoints = output / "checkpoints"
+    saver = Saver(
+        output / "checkpoints",
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=optimizer,
+        spec=spec,
+        attempt=job.attempt,
+        world=world,
+        sharding=sharding,
+        events=events,
+        signals=signals,
+    )
     failed = True
     model.net.train()
     try:
         while True:
+            saver.check()
             step = state.step
             last = step >= plan.total_steps
 
             if eval_rows is not None and (last or step % spec.eval_steps == 0) and state.evaluated_at != step:
-                result = evaluate(
-                    model,
-                    eval_rows,
-                    world=world,
-                    max_tokens=eval_budget.max_tokens,
-                    batch_size=eval_budget.batch_size,
-                    pad_id=pad_id,
-                    events=events,
+                result, eval_budget = evaluate(
+                    model, eval_rows, world=world, budget=eval_budget, pad_id=pad_id, events=events
                 )
+                wrong = evaluation_has_exploded(result.eval_loss, state, vocab_size=model.vocab_size)
                 state.evaluated_at = step
+                state.eval_budget = asdict(eval_budget)
                 state.metrics["eval_loss"] = result.eval_loss
                 state.evaluations.append({"step": step, "epoch": plan.epoch_at(step), **asdict(result)})
                 said = (
@@ -166,33 +199,27 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
                 tracker.log(values, step=step)
                 if world.is_main:
                     _write_evaluations(output, state)
+                if wrong is not None:
+                    raise _diverged(
+                        f"the evaluation loss at step {step} {wrong}",
+                        saver,
+                        world,
+                        output,
+                        good_through=step - 1,
+                    )
 
             stop, save_and_stop = any_rank(world, signals.stop, signals.save_and_stop)
             due = step > 0 and (last or step % spec.save_steps == 0)
             if (due or (save_and_stop and not stop and step > 0)) and saved_at != step:
-                if world.is_main:
-                    line = save_checkpoint(
-                        checkpoints,
-                        model=model,
-                        tokenizer=tokenizer,
-                        optimizer=optimizer,
-                        state=state,
-                        spec=spec,
-                        attempt=job.attempt,
-                        at=time.time(),
-                        world_size=world.size,
-                    )
-                    events.log(f"step {step}: checkpoint {line.name}")
-                    events.checkpoint(line)
-                barrier(world)
+                saver.save(state, goes_on=not (last or stop or save_and_stop))
                 saved_at = step
 
-            if last:
-                break
-            if stop or save_and_stop:
-                raise Stopped(
-                    f"stopped after step {step}" + ("" if stop else ", with a checkpoint" * (step > 0))
-                )
+            if last or stop or save_and_stop:
+                (given_up,) = any_rank(world, not saver.finish())
+                if last and not given_up:
+                    break
+                saved = step > 0 and not (stop or given_up)
+                raise Stopped(f"stopped after step {step}" + ", with a checkpoint" * saved)
 
             # ------------------------------------------------------------------ step
             started = time.perf_counter()
@@ -211,16 +238,30 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
                 pad_id,
                 spec.seed,
                 step,
+                order,
                 world,
                 events,
             )
             (loss,) = sum_over_ranks(world, [local_loss])
-            if not math.isfinite(loss):
-                raise _diverged(f"the loss of step {step + 1} is {loss}", saved_at)
-            sum_gradients(world, parameters)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm or math.inf))
+            if (wrong := has_exploded(loss, state, vocab_size=model.vocab_size)) is not None:
+                raise _diverged(
+                    f"the loss of step {step + 1} {wrong}", saver, world, output, good_through=step - 1
+                )
+            max_norm = spec.max_grad_norm or math.inf
+            if model.shards is None:
+                sum_gradients(world, parameters)
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+            else:  # summed in the backward pass, each rank its share
+                model.shards.drop_unused()
+                norm = model.shards.clip(max_norm)
             if not math.isfinite(norm):
-                raise _diverged(f"the gradient of step {step + 1} has the norm {norm}", saved_at)
+                raise _diverged(
+                    f"the gradient of step {step + 1} has the norm {norm}",
+                    saver,
+                    world,
+                    output,
+                    good_through=step,
+                )
             rate = learning_rate(spec, step, plan.total_steps)
             set_learning_rate(optimizer, rate)
             optimizer.step()
@@ -229,6 +270,10 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
 
             seconds = time.perf_counter() - started
             state.step = step + 1
+            state.budget = asdict(budget)
+            state.unordered = order.given_up
+            if state.first_loss is None:
+                state.first_loss = loss
             state.tokens_seen += sum(lengths)
             state.metrics["loss"] = loss
             if state.step % spec.logging_steps == 0 or state.step == plan.total_steps:
@@ -249,14 +294,18 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
                     f"gradient norm {norm:.3g}, {values['tokens_per_second']:,.0f} tokens/s"
                 )
                 tracker.log(values, step=state.step)
+            # A run that saves its end alone needs no copy; of sharded weights there is no other way to disk.
+            if spec.save_steps < plan.total_steps or model.shards is not None:
+                saver.prepare()
             if state.step in (3, plan.total_steps // 10):
                 left = seconds * (plan.total_steps - state.step)
                 events.log(f"about {_duration(left)} left, without evaluations and checkpoints")
 
         # ---- export
         files: dict[str, ManifestFile] = {}
-        if world.is_main:
+        if world.is_main or model.shards is not None:
             files = export(output, model=model, tokenizer=tokenizer, job=job, state=state)
+        if world.is_main:
             events.log(f"done: {plan.total_steps} steps, result in {output / 'results'}")
         barrier(world)
         failed = False
@@ -265,18 +314,9 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
         failed = False
         raise
     finally:
+        order.end()
+        saver.close()
         tracker.finish(failed=failed)
-
-
-@dataclass(frozen=True)
-class _Budget:
-    """How much goes through the model at once."""
-
-    batch_size: int
-    max_tokens: int
-
-    def halved(self) -> "_Budget":
-        return _Budget(max(1, self.batch_size // 2), max(1, self.max_tokens // 2))
 
 
 def _accumulate(
@@ -284,57 +324,100 @@ def _accumulate(
     train_rows: TokenRows,
     mine: list[int],
     num_supervised: int,
-    budget: _Budget,
+    budget: Budget,
     packing: bool,
     pad_id: int,
     seed: int,
     step: int,
+    order: FixedOrder,
     world: World,
     events: Events,
-) -> tuple[float, _Budget]:
+) -> tuple[float, Budget]:
     """Forward and backward over this rank's rows of a step. Leaves the gradient of the step's mean loss in `.grad`.
 
     Returns this rank's share of the mean loss and the budget to go on with. When memory runs out anywhere, all ranks
-    do the step again with micro-batches of half the size: more of them, the same step.
+    do the step again with micro-batches of half the size: more of them, the same step. So they do, in any order, where
+    an operation knows no fixed one.
     """
-    lengths = [int(train_rows.lengths[i]) for i in mine]
+    rows = [train_rows.row(i) for i in mine]
+    lengths = [len(ids) for ids, _ in rows]
+    prefixes = model.prefixes(rows) if packing else [None] * len(rows)
     while True:
         torch.manual_seed(_seed_of(seed, step, world.rank))  # dropout, on CPU and GPU
-        layout = lay_out(lengths, batch_size=budget.batch_size, max_tokens=budget.max_tokens, packing=packing)
+        layout = lay_out(
+            lengths,
+            batch_size=budget.batch_size,
+            max_tokens=budget.max_tokens,
+            packing=packing,
+            prefixes=prefixes,
+        )
         total = torch.zeros((), dtype=torch.float64, device=world.device)
-        full = False
-        try:
-            for group in layout:
-                batch = collate(
-                    [train_rows.row(mine[i]) for i in group],
-                    device=world.device,
-                    padded=not model.end_to_end,
-                    pad_id=pad_id,
-                )
+
+        def learn(
+            chosen: list[TokenRow], shared: list[Prefix | None], total: torch.Tensor, share: float = 1.0
+        ) -> None:
+            batch = model.batch(chosen, pad_id=pad_id, prefixes=shared)
+            scale = share / num_supervised
+            with order.kept() if share else nullcontext():  # what is nothing may be added in any order
                 with model.autocast():
-                    loss = loss_sum(
-                        model.head, model.hidden(batch), batch.targets, vocab_size=model.vocab_size
+                    loss = model.whole(
+                        lambda: scaled_loss(model.head, model.hidden(batch), batch.targets, scale=scale)
                     )
-                    loss = loss / num_supervised
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-                total += loss.detach().double()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            full = True
+            total += loss.detach()
+
+        strict = not order.given_up
+        broke_off = run_passes(
+            model.shards,
+            [
+                partial(learn, [rows[i] for i in group], [prefixes[i] for i in group], total)
+                for group in layout
+            ],
+            idle=partial(learn, [idle_row(pad_id)], [None], total, 0.0),
+            order=order,
+        )
+        unordered_here = strict and order.given_up
+        full = broke_off and not unordered_here
         alone = all(len(group) == 1 for group in layout)
-        full_somewhere, stuck = any_rank(world, full, full and alone)
-        if not full_somewhere:
+        unordered, full_somewhere, stuck = any_rank(world, unordered_here, full, full and alone)
+        if not (unordered or full_somewhere):
             return float(total), budget
         for parameter in model.trainable():
             parameter.grad = None
+        if model.shards is not None:
+            model.shards.forget_uses()
         release_memory()
+        if (
+            strict and full_somewhere and (stuck or budget.is_spent)
+        ):  # a sum for each part of a row takes memory
+            order.give_up()
+            events.notice(
+                f"step {step + 1}: memory ran out; the same step again without a fixed order of sums, which takes less: "
+                "from here on a resumed run may differ in the last bits"
+            )
+            continue
+        if unordered:
+            order.give_up()
+            events.notice(
+                f"step {step + 1}: {order.because or 'an operation of another rank'} adds in no fixed order on this "
+                "device: from here on a resumed run may differ in the last bits"
+            )
+            continue
         if stuck:
             raise RunFailed(
                 FailureReason.OUT_OF_MEMORY,
                 f"step {step + 1}: not even one row of {max(lengths, default=0)} tokens fits into memory",
             )
-        budget = budget.halved()
+        if budget.is_spent:
+            raise RunFailed(
+                FailureReason.OUT_OF_MEMORY,
+                f"step {step + 1}: memory ran out for micro-batches of {budget.max_tokens} tokens, which had been made "
+                "smaller three times already; lower max_tokens_per_step or batch_size, or free memory on the device",
+            )
+        budget = budget.halved(
+            rows=most_of_ranks(world, max((len(group) for group in layout), default=1)),
+            tokens=most_of_ranks(world, most_tokens(layout, lengths, prefixes)),
+        )
         events.notice(
             f"step {step + 1}: out of memory; the same step again in micro-batches of half the size "
             f"({budget.max_tokens} tokens)",
@@ -377,6 +460,7 @@ def _load_rows(job: TrainerJob, how: Tokenizing, training_sha: str) -> tuple[Tok
 def _describe(
     job: TrainerJob,
     model: Model,
+    sharding: Sharding,
     train_rows: TokenRows,
     eval_rows: TokenRows | None,
     plan: Plan,
@@ -391,6 +475,10 @@ def _describe(
     warm = warmup_steps(spec, plan.total_steps)
     config = model.causal.config.get_text_config()
     memory = estimate_bytes(spec, list(model.net.parameters()), config.hidden_size, config.num_hidden_layers)
+    num_parameters = sum(p.numel() for p in model.net.parameters())
+    if model.shards is not None:
+        share = model.shards.num_held() / num_parameters
+        memory |= {name: round(memory[name] * share) for name in ("weights", "gradients", "optimizer")}
     mean_length = float(train_rows.lengths.mean())
     derived: dict[str, Any] = {
         "start_step": state.step if resume_from is not None else -1,
@@ -406,7 +494,9 @@ def _describe(
         "eval_left_out": {} if eval_rows is None else eval_rows.left_out,
         "supervised_share": round(float(train_rows.num_supervised.sum() / train_rows.lengths.sum()), 4),
         "trainable_parameters": sum(p.numel() for p in model.trainable()),
-        "parameters": sum(p.numel() for p in model.net.parameters()),
+        "parameters": num_parameters,
+        "parameters_held": num_parameters if model.shards is None else model.shards.num_held(),
+        "sharding": str(sharding),
         "precision": model.precision.name,
         "precision_reason": model.precision.reason,
         "packing": spec.packing and model.end_to_end,
@@ -416,8 +506,10 @@ def _describe(
     events.run(f"{plan.total_steps} steps over {len(train_rows)} rows", derived)
     events.log(
         f"{len(train_rows):,} rows to train on, {derived['num_eval_rows']:,} to evaluate on; "
-        f"left out: {', '.join(f'{n} {why}' for why, n in train_rows.left_out.items()) or 'none'}"
+        f"left out: {_counts(train_rows.left_out)}"
     )
+    if eval_rows is not None and eval_rows.left_out:
+        events.log(f"left out of the evaluation: {_counts(eval_rows.left_out)}")
     events.log(
         f"{plan.total_steps:,} steps of {plan.rows_per_step} rows (about {derived['tokens_per_step']:,} tokens, "
         f"{derived['supervised_share']:.0%} of them supervised), {plan.steps_per_epoch:,} steps an epoch, "
@@ -429,6 +521,11 @@ def _describe(
         f"{memory['gradients'] / 2**30:.2f}, optimizer {memory['optimizer'] / 2**30:.2f}, a micro-batch up to "
         f"{memory['activations'] / 2**30:.2f})"
     )
+    if model.shards is not None:
+        held = derived["parameters_held"]
+        events.log(
+            f"rank 0 holds {held:,} of {num_parameters:,} parameters ({held / num_parameters:.0%}); that is its memory"
+        )
     if warm >= plan.total_steps and spec.learning_rate:
         events.notice(
             f"the warm-up ({warm} steps) is as long as the run ({plan.total_steps}): learning_rate is never reached; "
@@ -439,6 +536,10 @@ def _describe(
     _notice_unknown_end(model, train_rows, events, tokenizer)
     if world.is_main:
         _write_config(Path(job.output_dir), job, derived)
+
+
+def _counts(left_out: dict[str, int]) -> str:
+    return ", ".join(f"{count} {why}" for why, count in left_out.items()) or "none"
 
 
 def _notice_unknown_end(model: Model, rows: TokenRows, events: Events, tokenizer: Any) -> None:
@@ -478,9 +579,12 @@ def _replace(path: Path, text: str) -> None:
     unfinished.rename(path)
 
 
-def _diverged(what: str, saved_at: int) -> RunFailed:
-    kept = f"checkpoint-{saved_at} is kept" if saved_at > 0 else "there is no checkpoint yet"
-    return RunFailed(FailureReason.DIVERGED, f"{what}; {kept}")
+def _diverged(what: str, saver: Saver, world: World, output: Path, *, good_through: int) -> RunFailed:
+    """The failure of a run whose numbers went off; all ranks see them, and end together."""
+    saver.settle(good_through=good_through)
+    failure = diverged(what, output / "checkpoints", good_through=good_through)
+    barrier(world)  # torchrun stops all ranks when the first ends
+    return failure
 
 
 def _device_name(world: World) -> str:

@@ -88,6 +88,15 @@ def any_rank(world: World, *flags: bool) -> list[bool]:
     return [total > 0 for total in sum_over_ranks(world, [float(flag) for flag in flags])]
 
 
+def most_of_ranks(world: World, count: int) -> int:
+    """The largest `count` of all ranks."""
+    if world.size == 1:
+        return count
+    tensor = torch.tensor(count, dtype=torch.int64, device=world.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 def sum_gradients(world: World, parameters: Sequence[torch.nn.Parameter]) -> None:
     """Add up the gradients of all ranks, in place; a rank without a gradient counts as zero.
 
