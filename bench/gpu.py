@@ -7,6 +7,7 @@ with exit code 0. The gate (bench/gate.py) runs on the tiny shape, ours on the G
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -42,7 +43,7 @@ CASES = {
     "1.5b-full": Case("1.5b", "full", "long", 8, ("trainer",)),
     "1.5b-lora-skewed": Case("1.5b", "lora", "skewed", 16, ("trainer", "default", "packing")),
     "8b-lora": Case("8b", "lora", "long", 4, ("trainer",)),
-    "8b-full-8bit": Case("8b", "full", "long", 4, ("trainer",), "adamw_8bit", "adamw_bnb_8bit"),
+    "8b-full-8bit": Case("8b", "full", "long", 4, ("trainer",), "paged_adamw_8bit", "paged_adamw_8bit"),
     "8b-lora-skewed": Case("8b", "lora", "skewed", 8, ("trainer", "default", "packing")),
 }
 
@@ -89,6 +90,7 @@ def measure(case: Case, options: Options) -> Iterator[dict[str, Any]]:
         batch=case.batch,
         max_length=MAX_LENGTH,
     )
+    gc.collect()
     torch.cuda.empty_cache()  # the model was made here; its memory is the measured processes' now
     top = peak.best_flops_per_second("bf16", device="cuda", size=8192)
     torch.cuda.empty_cache()

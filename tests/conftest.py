@@ -12,6 +12,8 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # several trainers share few cores; spinning threads would starve them
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# There is no network: a name that is not in /etc/hosts is not to be waited for. torch looks up where its ranks are.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 # Behind `nohup` and `&` these are ignored, and so they would be by all that the tests start.
 for _number, _handler in {

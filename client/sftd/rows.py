@@ -457,7 +457,7 @@ def _message(value: Any, where: str) -> tuple[JsonDict, int]:
     if not isinstance(value, dict):
         raise _Bad(where, f"is a {_type_name(value)}, not an object with role and content")
     role = value.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise _Bad(f"{where}.role", f"is {role!r}; it must be one of {', '.join(sorted(_ROLES))}")
     calls = _tool_calls(value, where)
     if calls and role != "assistant":
@@ -524,12 +524,11 @@ def _tool_call(value: Any, where: str) -> JsonDict:
         raise _Bad(f"{where}.function.name", "is missing; a call needs a function with name and arguments")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # OpenAI sends a JSON string; chat templates want the object
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise _Bad(
-                f"{where}.function.arguments", "is not JSON; write the arguments as a JSON object"
-            ) from None
+        arguments = _json_in(
+            arguments or "{}",
+            f"{where}.function.arguments",
+            "is not JSON; write the arguments as a JSON object",
+        )
     if not isinstance(arguments, dict):
         raise _Bad(f"{where}.function.arguments", f"is a {_type_name(arguments)}; it must be a JSON object")
     call: JsonDict = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
@@ -540,10 +539,7 @@ def _tool_call(value: Any, where: str) -> JsonDict:
 
 def _calls_in_text(text: str, where: str) -> list[JsonDict]:
     """ShareGPT writes a call as JSON text: one object with name and arguments, or a list of them."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise _Bad(where, 'is not JSON; a function_call is {"name": …, "arguments": {…}}') from None
+    value = _json_in(text, where, 'is not JSON; a function_call is {"name": …, "arguments": {…}}')
     values = value if isinstance(value, list) else [value]
     return [_tool_call(call, where) for call in values]
 
@@ -553,10 +549,7 @@ def _tools(value: Any) -> list[JsonDict] | None:
     if isinstance(value, str):
         if not value.strip():
             return None
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise _Bad("tools", "is not JSON; write a list of function specs") from None
+        value = _json_in(value, "tools", "is not JSON; write a list of function specs")
     if value is None or value == []:
         return None
     if not isinstance(value, list):
@@ -568,6 +561,18 @@ def _tools(value: Any) -> list[JsonDict] | None:
             raise _Bad(f"tools[{i}].function.name", "is missing; a tool needs a function with a name")
         tools.append({"type": "function", "function": function})
     return tools
+
+
+def _json_in(text: str, where: str, otherwise: str) -> Any:
+    """The value of JSON that stands in a string, held to what is asked of the file around it."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+        _check_surrogates(value)
+    except UnicodeEncodeError:
+        raise _Bad(where, _HALF_A_PAIR) from None
+    except (ValueError, RecursionError):
+        raise _Bad(where, otherwise) from None
+    return value
 
 
 def _check_chat(messages: list[JsonDict], weights: list[int], form: Format) -> None:

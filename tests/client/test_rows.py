@@ -144,6 +144,10 @@ def test_a_byte_order_mark_and_blank_lines_are_no_mistake(tmp_path: Path) -> Non
         (b'{"messages": "hi"}', "messages: is a string; it must be a list"),
         (b'{"messages": ["hi"]}', "messages[0]: is a string, not an object"),
         (b'{"messages": [{"role": "bot", "content": "a"}]}', "messages[0].role: is 'bot'; it must be one of"),
+        (
+            b'{"messages": [{"role": ["user"], "content": "a"}]}',
+            "messages[0].role: is ['user']; it must be one",
+        ),
         (b'{"messages": [{"role": "user"}]}', "messages[0].content: is missing or null"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "ends with a user message"),
         (
@@ -166,6 +170,16 @@ def test_a_byte_order_mark_and_blank_lines_are_no_mistake(tmp_path: Path) -> Non
         (
             b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]}',
             "messages[0].tool_calls[0].function.arguments: is not JSON",
+        ),
+        (
+            b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '
+            b'"{\\"a\\": NaN}"}}]}]}',
+            "function.arguments: is not JSON",
+        ),
+        (
+            b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '
+            b'"{\\"a\\": \\"\\\\ud800\\"}"}}]}]}',
+            "function.arguments: holds half of a surrogate pair",
         ),
         (b'{"prompt": "a", "completion": "b", "tools": "{"}', "tools: is not JSON"),
     ],

@@ -9,6 +9,7 @@ what it hit is told afterwards: from what the killed process was at (a note in s
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -32,6 +33,7 @@ import torch
 from examples import tiny_model
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from tqdm import tqdm
 from transformers import Qwen2ForCausalLM  # noqa: F401  # imported here, it is there after each fork
 
 from sftd.protocol import TRAINER_JOB_FILE, TRAINER_LINE, TrainerJob
@@ -65,6 +67,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "epochs": {**LORA, "num_epochs": 3, "max_steps": None, "batch_size": 16},
     "two ranks": {**LORA, "gpus": 2, "batch_size": 2},
     "two ranks, sharded": {**FULL, "gpus": 2, "batch_size": 2, "sharding": "fsdp"},
+}
+# What its environment should have: threads that libraries start are not inherited by forks, and torch looks up where
+# its ranks are, with a name server that may be slow.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "RES_OPTIONS": "timeout:1 attempts:1",
 }
 MOST_KILLS_OF_A_RUN = 3
 ATTEMPT_SECONDS = 120
@@ -231,6 +241,7 @@ def be_trainer(
         output = os.open(Path(job.output_dir) / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        faulthandler.enable()  # one that hangs is asked where, by SIGABRT
         os.environ.update(env)
         aim_at(aim, notes, Path(job.output_dir) / "checkpoints", disk_seconds)
         sys.argv = ["trainer", job.output_dir]
@@ -270,6 +281,10 @@ def attempt(
         pids.append(pid)
     try:
         codes = _wait_for(pids, clock)
+    except TimeoutError as error:
+        _kill_group(pids[0], signal.SIGABRT)
+        time.sleep(1)  # for the stacks
+        raise RuntimeError(f"{error}: {(folder / 'output.txt').read_text()[-6000:]}") from error
     finally:
         _kill_group(pids[0])
     killed = any(os.WIFSIGNALED(code) for code in codes)
@@ -292,14 +307,14 @@ def _wait_for(pids: list[int], clock: float | None) -> list[int]:
         if left and (any(codes.values()) or (clock is not None and now > clock)):
             _kill_group(pids[0])
         if now > ATTEMPT_SECONDS:
-            raise RuntimeError(f"an attempt did not end within {ATTEMPT_SECONDS} s")
+            raise TimeoutError(f"an attempt did not end within {ATTEMPT_SECONDS} s")
         time.sleep(0.002)
     return [codes[pid] for pid in pids]
 
 
-def _kill_group(leader: int) -> None:
+def _kill_group(leader: int, by: signal.Signals = signal.SIGKILL) -> None:
     with contextlib.suppress(OSError):
-        os.killpg(leader, signal.SIGKILL)
+        os.killpg(leader, by)
 
 
 def _free_port() -> int:
@@ -498,7 +513,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end after so long")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     flags = parser.parse_args()
+    if not ENVIRONMENT.items() <= os.environ.items():
+        again = [sys.executable, "-m", "tests.trainer.kill_runs", *sys.argv[1:]]
+        os.execve(sys.executable, again, {**os.environ, **ENVIRONMENT})
     torch.set_num_threads(1)  # a child of a process that computed with several would hang
+    # And so would one whose sister was killed in a progress bar: tqdm's own lock is a semaphore that forks share.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     for outcome in kill_runs(
         flags.folder, variants=flags.variants, kills=flags.kills, seed=flags.seed, seconds=flags.seconds
     ):

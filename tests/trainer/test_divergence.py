@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sftd.protocol import TrainerJob
 from sftd_worker.trainer import train as train_module
 from sftd_worker.trainer.checkpoint import RunState, verify
-from sftd_worker.trainer.divergence import evaluation_has_exploded, has_exploded
+from sftd_worker.trainer.divergence import evaluation_has_exploded, good_through, has_exploded
 from sftd_worker.trainer.run import run
 from sftd_worker.trainer.signals import Signals
 
@@ -172,15 +172,36 @@ def test_a_gradient_that_is_no_number_leaves_the_checkpoint_of_a_fine_loss_good(
 def test_a_loss_is_measured_against_guessing_and_the_first_one(
     loss: float, first: float | None, verdict: str | None
 ) -> None:
-    said = has_exploded(loss, RunState(first_loss=first), vocab_size=1000)
+    said = has_exploded(loss, RunState(first_loss=first), vocab_size=1000, num_tokens=100)
 
     assert (said is None) == (verdict is None)
     assert (said or "").startswith(verdict or "")
 
 
+def test_a_wrong_answer_of_a_few_tokens_ends_no_run_but_a_hundred_in_a_row_do() -> None:
+    """A model that is sure of itself pays more for one row that is wrong than for guessing."""
+    state = RunState(step=7, first_loss=1.0)
+
+    said = []
+    for loss, num_tokens in [(15.0, 40), (0.0, 40), (15.0, 40), (16.0, 40), (17.0, 40)]:
+        said.append(has_exploded(loss, state, vocab_size=1000, num_tokens=num_tokens))
+        if said[-1] is None:
+            state.step += 1
+
+    assert said[:4] == [None] * 4
+    assert said[4] is not None
+    assert good_through(state) == 8  # the weights of step 8 made a fine loss, those of 9 did not
+    assert has_exploded(math.nan, RunState(first_loss=1.0), vocab_size=1000, num_tokens=1) is not None
+
+
 def test_rows_to_evaluate_on_may_be_of_a_harder_kind_from_the_start() -> None:
     state = RunState(first_loss=2.0, evaluations=[{"step": 0, "eval_loss": 30.0}])
 
-    assert evaluation_has_exploded(29.0, state, vocab_size=1000) is None
-    assert evaluation_has_exploded(61.0, state, vocab_size=1000) is not None
-    assert evaluation_has_exploded(30.0, RunState(), vocab_size=1000) is None
+    def wrong(loss: float, state: RunState, num_tokens: int = 100) -> bool:
+        return evaluation_has_exploded(loss, state, vocab_size=1000, num_tokens=num_tokens) is not None
+
+    assert not wrong(29.0, state)
+    assert wrong(61.0, state)
+    assert not wrong(61.0, state, num_tokens=99)
+    assert wrong(math.nan, state, num_tokens=1)
+    assert not wrong(30.0, RunState())

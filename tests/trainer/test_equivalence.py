@@ -7,17 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from tests.trainer.comparison import assert_same_movement, assert_same_series, saved_weights
 from tests.trainer.harness import Finished, finish_trainer, start_trainer
 from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 from sftd.protocol import TrainerJob
 from sftd_worker.trainer import train as train_module
-from sftd_worker.trainer.data import TokenRows
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.events import Events
 from sftd_worker.trainer.memory import Budget
@@ -156,14 +153,12 @@ def test_out_of_memory_on_a_rank_without_rows_is_told_as_such(
     """An epoch's last step may leave a rank nothing, while another cannot fit its one row."""
     monkeypatch.setattr(train_module, "any_rank", lambda world, *flags: [False, True, True])
     world = World(rank=1, size=2, device=torch.device("cpu"))
-    rows = TokenRows(Dataset.from_dict({}), np.array([], int), np.array([], int), 64)
+    rows = train_module.StepRows([], [], num_tokens=7, num_supervised=3)
     model = Model(torch.nn.Linear(1, 1), None, Precision("fp32", ""), world.device, True, None, torch.float32)
     events = Events(tmp_path, attempt=1, silent=True)
 
     with pytest.raises(RunFailed) as failed:
-        train_module._accumulate(
-            model, rows, [], 1, Budget(1, 64), True, 0, 0, 0, FixedOrder(), world, events
-        )
+        train_module._accumulate(model, rows, Budget(1, 64), True, 0, 0, 0, FixedOrder(), world, events)
 
     assert failed.value.reason == "out_of_memory"
 

@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertGenerationConfig,
     BloomConfig,
     FalconConfig,
     FalconH1Config,
@@ -31,6 +32,7 @@ from transformers import (
     GptOssConfig,
     JambaConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     Mamba2Config,
     MambaConfig,
@@ -40,6 +42,7 @@ from transformers import (
     OPTConfig,
     PhiConfig,
     PreTrainedConfig,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
     Qwen3NextConfig,
 )
@@ -78,6 +81,23 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": lambda: MixtralConfig(**LIKE_LLAMA, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **LIKE_LLAMA, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **LIKE_LLAMA,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        use_sliding_window=True,
+        sliding_window=32,
+        max_window_layers=0,
+    ),
+    "llama4": lambda: Llama4TextConfig(
+        **LIKE_LLAMA,
+        head_dim=8,
+        intermediate_size_mlp=64,
+        num_local_experts=2,
+        attention_chunk_size=32,
     ),
     "gpt_oss": lambda: GptOssConfig(
         **LIKE_LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=7
@@ -132,12 +152,15 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 BY_ITSELF = r"its attention cannot be kept apart \(the model computes it by itself and takes no other\)"
-CARRIES_STATE = r"it has layers of the kind \w+, which carry state from row to row"
+CARRIES_STATE = r"it has layers of the kind \w+, which are not known to keep rows apart"
+HIDDEN_WINDOW = r"its attention cannot be kept apart \(its window of 32 tokens is in a mask alone\)"
 PADDED_BECAUSE = {
     "bloom": BY_ITSELF,
     "mpt": BY_ITSELF,
     "falcon": BY_ITSELF,
     "falcon alibi": BY_ITSELF,
+    "qwen2_moe": HIDDEN_WINDOW,
+    "llama4": CARRIES_STATE,
     "gpt_oss": r"its attention cannot be kept apart \(the attention option s_aux\)",
     "mamba": CARRIES_STATE,
     "mamba2": CARRIES_STATE,
@@ -147,7 +170,7 @@ PADDED_BECAUSE = {
     "falcon_h1": CARRIES_STATE,
 }
 # An expert multiplies as many rows at once as tokens are sent to it, and how a product is rounded depends on that.
-EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "jamba"}
+EXPERTS = {"mixtral", "qwen2_moe", "llama4", "qwen3_moe", "gpt_oss", "qwen3_next", "jamba"}
 
 FIELDS: dict[str, Any] = {
     "method": "full",
@@ -249,6 +272,77 @@ def test_a_random_model_that_computes_attention_by_itself_is_padded_too(
     run = run_job(**{**FIELDS, "max_steps": 1, "base_model": str(tmp_path / "base"), "job": texts(ROWS)})
 
     assert re.search(BY_ITSELF, run.log)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: Gemma3TextConfig(**LIKE_LLAMA, head_dim=8, use_bidirectional_attention=True),
+        lambda: BertGenerationConfig(**OLDER, intermediate_size=64),
+    ],
+    ids=["gemma3 made bidirectional", "bert"],
+)
+def test_a_model_whose_tokens_see_the_ones_to_come_is_refused(
+    config: Callable[[], PreTrainedConfig], run_job: Callable[..., Finished], tiny: Path, tmp_path: Path
+) -> None:
+    """It would be asked to predict what it sees: the loss goes to nothing, and the model learns nothing."""
+    AutoModelForCausalLM.from_config(config(), dtype=torch.float32).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "base")
+
+    run = run_job(**{**FIELDS, "base_model": str(tmp_path / "base")})
+
+    assert run.end is not None
+    assert (run.end.outcome, run.end.reason) == ("failed", "model_unsupported")
+    assert "see those that come after them" in (run.end.message or "")
+
+
+def test_a_cap_on_logits_that_is_not_known_is_noticed_however_small_the_logits_are(
+    bases: Callable[[str], Path], run_job: Callable[..., Finished], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sftd_worker.trainer.model._SCALINGS", ())
+    monkeypatch.setattr("sftd_worker.trainer.model._CAPS", ())
+
+    run = run_job(**{**FIELDS, "base_model": str(bases("gemma2"))})
+
+    assert run.end is not None
+    assert run.end.reason == "model_unsupported"
+    assert "its output head does something that is not known here" in (run.end.message or "")
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_rotary_positions_that_grow_are_those_of_each_row(
+    gradient_checkpointing: bool,
+    texts: Callable[..., dict[str, str]],
+    run_job: Callable[..., Finished],
+    make_job: Callable[..., Any],
+    tiny: Path,
+    tmp_path: Path,
+) -> None:
+    """Dynamic NTK: transformers keeps the frequencies of the longest row it has seen, also for shorter ones after it."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = LlamaConfig(**{**LIKE_LLAMA, "max_position_embeddings": 32}, rope_parameters=rope)
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "base")
+    rows = [f"{word} " * length for word, length in zip("abcdef", (20, 120, 25, 60, 18, 45), strict=True)]
+    fields = {
+        **FIELDS,
+        "base_model": str(tmp_path / "base"),
+        "job": texts(rows),
+        "warmup_steps": 2,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
+    job = make_job("plain", **fields)
+    expected = [
+        score_one_by_one(load_plain(job), [example]) for example in examples_of(job)
+    ]  # each row by a model that has seen no other
+    total = sum(one.num_tokens for one in expected)
+
+    run = run_job("run", **fields)
+
+    losses = run.values("loss")
+    assert losses[1] == pytest.approx(sum(one.loss * one.num_tokens for one in expected) / total, rel=1e-6)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-9)  # the rate of the first step is 0
 
 
 def test_changing_one_row_changes_no_bit_of_another(

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.trainer.harness import Q_BASICS, ROOT, finish_trainer, start_trainer
-from tests.trainer.kill_runs import VARIANTS, make_job, record, resumed
+from tests.trainer.kill_runs import ENVIRONMENT, VARIANTS, make_job, record, resumed
 from tests.trainer.test_resume import steps_done, wait_for
 
 KILLS = 66
@@ -32,7 +32,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         capture_output=True,
         text=True,
         timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **ENVIRONMENT},
     )
     assert done.returncode == 0, f"SFTD_KILL_SEED={SEED}: {done.stderr[-4000:]}"
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

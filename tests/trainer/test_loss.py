@@ -142,6 +142,46 @@ def test_a_frozen_head_gets_no_gradient(batch: tuple[torch.Tensor, torch.Tensor]
     assert hidden.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_passes_for_a_gpu_make_the_numbers_of_those_for_a_cpu(dtype: torch.dtype) -> None:
+    """They are other operations in another order; here both run on the CPU."""
+    generator = torch.Generator().manual_seed(2)
+    logits = (torch.randn(N, V, generator=generator) * 5).to(dtype)
+    targets = torch.randint(0, V, (N,), generator=generator)
+    one, other = logits.clone(), logits.clone()
+
+    losses = [
+        make(grads, targets, 1 / N)
+        for make, grads in [
+            (loss_module._loss_and_gradient, one),
+            (loss_module._loss_and_gradient_at_once, other),
+        ]
+    ]
+
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12)
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("learns", [True, False], ids=["trained", "frozen"])
+def test_a_head_cast_piece_by_piece_is_the_head_cast_at_once(
+    learns: bool, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    head = plain_head(torch.nn.Linear(D, V, bias=False).requires_grad_(learns))
+    hidden, targets = batch
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 7 * V)
+    found = []
+    for block in (10 * D, 10**6):
+        monkeypatch.setattr(loss_module, "_BLOCK_WEIGHTS", block)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(gradients(head, hidden, lambda: scaled_loss(head, hidden, targets, scale=1 / N)))
+
+    assert found[0][0] == found[1][0]
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-4)
+
+
 def test_large_logits_do_not_overflow() -> None:
     layer = torch.nn.Linear(1, 3, bias=False)
     layer.weight.data = torch.tensor([[1e4], [-1e4], [0.0]])

@@ -203,6 +203,27 @@ def test_a_checkpoint_of_two_ranks_is_resumed_by_one_and_by_three_and_by_two_aga
     assert described(three)["sharding"] == "fsdp over 3 ranks"
 
 
+def test_ranks_meet_on_a_machine_whose_name_nothing_knows(make_job: MakeJob) -> None:
+    """In a network of its own, where no name server answers: they must not look for each other by that name."""
+    job = make_job("nameless", **{**LORA, "max_steps": 1, "validation_split": None}, **TWO)
+    (Path(job.output_dir) / TRAINER_JOB_FILE).write_text(job.model_dump_json())
+    apart = ["unshare", "--net", "--uts", "sh", "-c"]
+    prepare = "hostname nobody-knows-me && ip link set lo up"
+    if subprocess.run([*apart, prepare], capture_output=True).returncode != 0:
+        pytest.skip("needs the right to make a network namespace, and the command ip")
+
+    trainer = f"exec {sys.executable} -m sftd_worker.trainer {job.output_dir}"
+    done = subprocess.run(
+        [*apart, f"{prepare} && {trainer}"],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 SHORT_OF_MEMORY = '''
 """A trainer whose rank 1 has room for {room} positions in a layer: what is too much breaks off the {breaks} pass."""
 import os

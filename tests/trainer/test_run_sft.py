@@ -1,11 +1,14 @@
 """The pipeline's own command: its flags, its config file, its folder, and the launchers people start it with."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from tests.trainer.harness import Q_BASICS, ROOT
@@ -51,9 +54,52 @@ def test_a_run_leaves_the_agreed_folder_without_a_server(tiny: Path, tmp_path: P
     assert written["learning_rate"] == 1e-2  # the flag wins over the file
     assert written["lora"]["rank"] == 4
 
-    again = launch(sys.executable, SCRIPT, *flags(tiny, tmp_path / "out"))
-    assert again.returncode != 0
-    assert "already holds a finished run" in again.stderr
+    other = launch(sys.executable, SCRIPT, *flags(tiny, tmp_path / "out"))
+    assert other.returncode == 2
+    assert "already holds a finished run" in other.stderr
+    again = launch(
+        sys.executable, SCRIPT, *flags(tiny, tmp_path / "out", "--config", str(config), "--use_no_test_cases")
+    )
+    assert again.returncode == 0, again.stderr
+    assert "is finished already" in again.stdout
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(
+    tiny: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "tiny").mkdir(parents=True)
+    with (tmp_path / "out" / "tiny" / ".run.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        second = launch(sys.executable, SCRIPT, *flags(tiny, tmp_path / "out"))
+
+    assert second.returncode == 2
+    assert "another run is writing into" in second.stderr
+
+
+def test_ranks_end_with_their_launcher(tiny: Path, tmp_path: Path) -> None:
+    """A torchrun that is killed by SIGKILL cannot end them; they would train on beside the next run in this folder."""
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2", SCRIPT]
+    command += [*flags(tiny, tmp_path / "out"), "--max_steps", "100000"]
+    events = tmp_path / "out" / "tiny" / "logs" / "events.jsonl"
+    launcher = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (events.exists() and '"type":"step"' in events.read_text()):
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks = psutil.Process(launcher.pid).children(recursive=True)
+        assert len([rank for rank in ranks if SCRIPT in rank.cmdline()]) == 2
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+
+    assert alive == []
 
 
 def test_a_folder_with_checkpoints_of_other_flags_is_refused(tiny: Path, tmp_path: Path) -> None:

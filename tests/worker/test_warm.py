@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -368,6 +369,50 @@ def test_the_warm_parent_only_imports_and_gets_its_memory_back(
     assert parent.num_threads() == 1
     assert "libcuda" not in Path(f"/proc/{parent.pid}/maps").read_text()
     assert parent.memory_info().rss < idle + 16 * 2**20
+
+
+KILLED_IN_A_BAR = """
+import os, signal, sys, time
+from sftd_worker.trainer import warm
+
+warm.preload()
+import datasets
+from tqdm.auto import tqdm
+
+def fork(child):
+    pid = os.fork()
+    if pid == 0:
+        child()
+        os._exit(0)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    return "hangs"
+
+def die_in_a_bar(kind):
+    list(kind(range(2)))
+    kind.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+for kind in (tqdm, datasets.utils.tqdm):
+    list(kind(range(2)))  # as a library might while it is imported
+    assert fork(lambda: die_in_a_bar(kind)) == -signal.SIGKILL
+    assert fork(lambda: list(kind(range(2)))) == 0, kind
+print("free")
+"""
+
+
+@pytest.mark.slow
+def test_a_trainer_that_died_in_a_progress_bar_leaves_the_next_one_free() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_A_BAR], capture_output=True, text=True, timeout=180
+    )
+
+    assert done.stdout.split() == ["free"], done.stderr
 
 
 @pytest.mark.slow

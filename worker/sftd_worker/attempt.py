@@ -43,6 +43,7 @@ log = logging.getLogger("sftd.worker")
 TRAINER_LOCK = ".trainer.lock"
 TAIL_LINE_CHARS = 2000
 MAX_MESSAGE_CHARS = 8000
+LAST_WORD_SECONDS = 60.0  # behind its last word a trainer has so long to go
 HURRIED_SECONDS = 3.0  # for the last calls once the worker was told to stop a second time
 
 
@@ -248,11 +249,15 @@ class _Attempt:
             on_done=self.worker.bell.ring,
         )
         shipper.start()
+        ended_at: float | None = None  # when its last word came by
         may_save = False  # before the trainer's first word there is nothing to save
         try:
             while trainer.running and not trainer.hangs:
                 may_save = may_save or spool.has_whole_line_after(trainer_start)
-                trainer.obey(self._order(may_save=may_save, broken=shipper.error is not None))
+                if shipper.end is not None and ended_at is None:
+                    ended_at = time.monotonic()
+                over = ended_at is not None and time.monotonic() - ended_at > LAST_WORD_SECONDS
+                trainer.obey(self._order(may_save=may_save, broken=over or shipper.error is not None))
                 self.worker.bell.wait(self._seconds_until_next_look(trainer))
         finally:
             trainer.kill()  # of use only if the lines above raised

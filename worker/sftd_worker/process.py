@@ -30,7 +30,8 @@ _ALLOWED = {
     "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
 }
 _ALLOWED_PREFIXES = (
-    "LC_", "HF_", "TRANSFORMERS_", "WANDB_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "MKL_", "TORCH_", "SSL_CERT_",
+    "LC_", "HF_", "TRANSFORMERS_", "WANDB_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "MKL_", "ONEDNN_", "TORCH_",
+    "PYTORCH_", "SSL_CERT_",
 )
 # fmt: on
 _SECRET_ENDINGS = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
@@ -217,6 +218,8 @@ def trainer_environment(
         "OPENBLAS_NUM_THREADS": "1",
         "JE_ARROW_MALLOC_CONF": "background_thread:false",
     }
+    # Every step has other sizes: blocks that cannot grow would leave holes, and run out of memory that is there.
+    allowed.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if offline:
         allowed["HF_HUB_OFFLINE"] = "1"
     return allowed

@@ -10,12 +10,13 @@ again with the same flags goes on from its newest checkpoint.
 """
 
 import argparse
+import fcntl
 import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 if __name__ == "__main__":
     # Run as a file, Python puts this folder first on the path, where `files` or `process` would hide other modules.
@@ -28,7 +29,7 @@ from pydantic import ValidationError
 
 from sftd.protocol import TrainerJob
 from sftd.spec import JobSpec
-from sftd_worker.trainer.signals import Signals
+from sftd_worker.trainer.signals import Signals, die_with_parent
 
 # Names that the `model:` section of a --config file may hold, and the spec's fields that they set.
 _CONFIG_NAMES = {
@@ -51,6 +52,8 @@ class UsageError(Exception):
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line. Exit code 0 when the run succeeded (or stopped as asked), 1 when it failed, 2 for wrong flags."""
     signals = Signals().install(interrupt_saves=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # else ranks would go on when torchrun is killed
+        die_with_parent()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         flags = parse(arguments)
@@ -58,26 +61,66 @@ def main(argv: Sequence[str] | None = None) -> None:
         if wanted is not None and wanted > 1 and "WORLD_SIZE" not in os.environ:
             _start_missing_ranks(wanted, arguments)
         job = make_job(flags, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        is_main = os.environ.get("RANK", "0") == "0"
+        lock = _lock(Path(job.output_dir)) if is_main else None
     except UsageError as error:
-        sys.exit(f"run_sft: {error}")
+        print(f"run_sft: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
     from sftd_worker.trainer.imports import import_run
 
     import_run(job)
-    from sftd_worker.trainer.checkpoint import find_checkpoint, verify
-    from sftd_worker.trainer.run import run
+    from sftd_worker.trainer.run import run_and_end
 
-    found = find_checkpoint(Path(job.output_dir) / "checkpoints", job.spec)
+    notices: list[str] = []
+    if is_main:  # its word counts for all ranks
+        assert lock is not None
+        try:
+            job, notices = _go_on(job)
+        except UsageError as error:
+            print(f"run_sft: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+    run_and_end(job, signals=signals, notices=notices)
+
+
+def _go_on(job: TrainerJob) -> tuple[TrainerJob, list[str]]:
+    """(the job from where an earlier run of it was interrupted, what to tell of that).
+
+    Ends the process where it had come to its end. Raises UsageError where the folder holds another run.
+    """
+    from sftd_worker.trainer.checkpoint import find_checkpoint, is_of_run, verify
+
+    output = Path(job.output_dir)
+    if (output / "results" / "manifest.json").exists():
+        finished = verify(output / "results")
+        if finished is None or not is_of_run(finished, job.spec):
+            raise UsageError(
+                f"--output_dir: {output} already holds a finished run; choose another folder or remove it"
+            )
+        print(f"run_sft: {output / 'results'} is finished already", flush=True)
+        sys.exit(0)
+    found = find_checkpoint(output / "checkpoints", job.spec)
     if found.newest is not None:
         job = job.model_copy(update={"resume_from": str(found.newest)})
-    elif any(verify(folder) for folder in (Path(job.output_dir) / "checkpoints").glob("checkpoint-*")):
-        sys.exit(
-            f"run_sft: --output_dir: {job.output_dir} holds checkpoints of a run with other flags; give the same flags to "
-            "go on with it, or choose another folder"
+    elif any(verify(folder) for folder in (output / "checkpoints").glob("checkpoint-*")):
+        raise UsageError(
+            f"--output_dir: {output} holds checkpoints of a run with other flags; give the same flags to go on with it, "
+            "or choose another folder"
         )
-    line = run(job, signals=signals, notices=found.notices())
-    sys.stdout.flush()
-    sys.exit(1 if line.outcome == "failed" else 0)
+    return job, found.notices()
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    """Keep other runs out of a folder for as long as this process lives. Raises UsageError where there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".run.lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"--output_dir: another run is writing into {folder}; wait for it or choose another folder"
+        ) from None
+    return lock
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -125,10 +168,6 @@ def make_job(flags: argparse.Namespace, *, world_size: int) -> TrainerJob:
             "; ".join(f"--{_flag_of(line['loc'])}: {line['msg']}" for line in error.errors())
         ) from error
     output = _output_folder(flags, method)
-    if (output / "results" / "manifest.json").exists():
-        raise UsageError(
-            f"--output_dir: {output} already holds a finished run; choose another folder or remove it"
-        )
     return TrainerJob(
         job_id=flags.experiment_name or output.name,
         attempt=1,

@@ -70,7 +70,10 @@ class WarmParent:
         """Start one if there is none. Returns at once; call it again and again."""
         self._look()
         if self._process is None and self._num_failures < MAX_FAILURES and sys.platform == "linux":
-            self._start()
+            try:
+                self._start()
+            except OSError as error:  # no memory or process number is to be had
+                self._lose(f"it could not be started ({error})")
 
     @property
     def starting(self) -> bool:
@@ -108,6 +111,7 @@ class WarmParent:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket = ours  # closed with it, also where it never comes to life
         with theirs, family.births_and_deaths:
             self._process = subprocess.Popen(
                 tethered([*self._argv, str(theirs.fileno()), ROOM]),
@@ -119,7 +123,6 @@ class WarmParent:
             )
             family.living.add(self._process.pid)
         ours.setblocking(False)  # until it has said that it is ready
-        self._socket = ours
         self._started_at = time.monotonic()
 
     def _look(self) -> None:

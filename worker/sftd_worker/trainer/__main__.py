@@ -11,9 +11,15 @@ from typing import NoReturn
 
 from sftd_worker.trainer.signals import Signals, die_with_parent
 
+# Where ranks meet, torch looks up the name of each one's address, for its log: at a name server that is slow or silent
+# all would wait for it. What is looked up otherwise (a hub) is the ranks' business, so that they forget this again.
+_QUICK_LOOKUPS = "timeout:1 attempts:1"
+
 
 def main() -> None:
     """Obey signals first, import torch after."""
+    if os.environ.get("RES_OPTIONS") == _QUICK_LOOKUPS:
+        del os.environ["RES_OPTIONS"]
     die_with_parent()
     signals = Signals().install()
     if len(sys.argv) != 2:
@@ -31,11 +37,9 @@ def work(workdir: Path, signals: Signals) -> NoReturn:
         start_ranks(job.spec.gpus, ["-m", "sftd_worker.trainer", str(workdir)])
 
     import_run(job)
-    from sftd_worker.trainer.run import run
+    from sftd_worker.trainer.run import run_and_end
 
-    line = run(job, signals=signals)
-    sys.stdout.flush()
-    sys.exit(1 if line.outcome == "failed" else 0)
+    run_and_end(job, signals=signals)
 
 
 def start_ranks(num_processes: int, command: list[str]) -> None:
@@ -46,8 +50,10 @@ def start_ranks(num_processes: int, command: list[str]) -> None:
         "-m",
         "torch.distributed.run",
         "--standalone",
+        "--local-addr=127.0.0.1",  # else ranks look for each other by the machine's name, which nothing may know
         f"--nproc_per_node={num_processes}",
     ]
+    os.environ.setdefault("RES_OPTIONS", _QUICK_LOOKUPS)
     os.execv(sys.executable, [*torchrun, *command])
 
 

@@ -5,18 +5,22 @@ transformers as the attention `sftd_rows`; no dense T x T mask is ever made. Row
 share them: the keys and values of the prefix lie in the sequence once.
 """
 
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from sftd_worker.trainer import cpu_attention
 from sftd_worker.trainer.packing import RowLayout
+from sftd_worker.trainer.precision import compute_dtype
 
 NAME = "sftd_rows"
+WATCHED = "sftd_rows_watched"
 
 
 class NotSeparable(RuntimeError):
@@ -24,9 +28,38 @@ class NotSeparable(RuntimeError):
 
 
 def register() -> None:
-    """Make `attn_implementation="sftd_rows"` known to transformers. Safe to call again."""
+    """Make `attn_implementation="sftd_rows"` known to transformers. Safe to call again.
+
+    No mask is registered with it: transformers makes none for an attention that has none.
+    """
     AttentionInterface.register(NAME, rows_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+@dataclass
+class Watch:
+    """Which windows a model asks its masks for, and which of them its attention is told: we see no masks."""
+
+    in_masks: set[int] = field(default_factory=set)
+    in_attention: set[int] = field(default_factory=set)
+
+    def register(self) -> None:
+        """Make `attn_implementation="sftd_rows_watched"` the attention that tells this watch."""
+        AttentionInterface.register(WATCHED, self._attend)
+        AttentionMaskInterface.register(WATCHED, self._make_no_mask)
+
+    @property
+    def in_masks_alone(self) -> set[int]:
+        """Windows that a model would lose."""
+        return self.in_masks - self.in_attention
+
+    def _attend(self, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:  # as transformers calls it
+        if options.get("sliding_window") is not None:
+            self.in_attention.add(options["sliding_window"])
+        return rows_attention(*args, **options)
+
+    def _make_no_mask(self, **options: Any) -> None:  # as transformers calls it
+        if options.get("local_size") is not None:
+            self.in_masks.add(options["local_size"])
 
 
 def rows_attention(
@@ -66,7 +99,7 @@ class _How:
     def fits_varlen(self, query: torch.Tensor, value: torch.Tensor) -> bool:
         """The flash kernels know no softcap and no dropout, and half precision only."""
         plain = self.softcap is None and self.dropout == 0 and query.shape[-1] == value.shape[-1]
-        return plain and query.dtype in (torch.bfloat16, torch.float16)
+        return plain and compute_dtype(query) in (torch.bfloat16, torch.float16)
 
 
 def _attend_varlen(
@@ -76,9 +109,14 @@ def _attend_varlen(
     causal mask counts them where there are fewer queries than keys."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, H, D)
+    dtype = compute_dtype(query)
+    q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # (T, H, D)
     if layout.key_index is not None:
-        k, v = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
+        k, v = (_Gathered.apply(states, layout.key_index) for states in (k, v))  # type: ignore[no-untyped-call]  # torch leaves apply unannotated
+    # Before torch 2.12 the kernel shares key heads without being told.
+    grouped: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        grouped["enable_gqa"] = True
     out = varlen_attn(
         q,
         k,
@@ -89,10 +127,29 @@ def _attend_varlen(
         max(layout.whole_lengths),
         scale=how.scaling,
         window_size=(-1 if how.window is None else how.window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
     assert isinstance(out, torch.Tensor)  # no statistics were asked for
     return out[None]
+
+
+class _Gathered(torch.autograd.Function):
+    """states[index] for (T, H, D) and (n,). Tokens of a prefix stand in it many times: their gradients are summed in
+    fp32, in a fixed order, and without a look at the indices that would wait for the device."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_tokens = len(states)
+        return states.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (index,) = ctx.saved_tensors
+        total = grad.new_zeros((ctx.num_tokens, *grad.shape[1:]), dtype=torch.float32)
+        torch.ops.aten._index_put_impl_(total, [index], grad.float(), True, True)
+        return total.to(grad.dtype), None
 
 
 def _attend_in_turn(
@@ -148,6 +205,10 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: _How) -> tor
     band = None if plain else _band(num_queries, length, how.window, q.device)
     if how.softcap is not None:
         return _attend_softcapped(q, k, v, how, band, how.softcap)
+    if q.is_cuda and q.shape[1] != k.shape[1] and (band is not None or compute_dtype(q) == torch.float32):
+        # Shared key heads are known to the flash kernel alone, which takes neither: the others would hold all scores.
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -180,8 +241,3 @@ def _band(num_queries: int, length: int, window: int | None, device: torch.devic
     at = torch.arange(length, device=device)
     distance = at[length - num_queries :, None] - at[None, :]
     return (distance >= 0) & (distance < (length if window is None else window))
-
-
-def _no_mask(**_: Any) -> None:  # called by transformers with its own keyword arguments
-    """The attention itself keeps rows apart and causal: no mask is made."""
-    return

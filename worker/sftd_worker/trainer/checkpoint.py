@@ -55,6 +55,8 @@ class RunState:
     eval_budget: dict[str, int] = field(default_factory=dict)  # and of an evaluation
     unordered: bool = False  # the fixed order of sums was given up (order.py)
     first_loss: float | None = None  # of the run: what a later loss is measured against
+    far_off_since: int | None = None  # steps were done when losses began to be far above it (divergence.py)
+    tokens_far_off: int = 0  # supervised, since then
     metrics: dict[str, float] = field(default_factory=dict)  # newest loss and evaluation, for the record
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # all of them, as in eval_results.json
 
@@ -78,7 +80,7 @@ def run_sha(spec: JobSpec) -> str:
 
 def is_of_run(manifest: dict[str, Any], spec: JobSpec) -> bool:
     """May a run of `spec` go on from the checkpoint of this manifest?"""
-    return manifest["config_sha"] == config_sha(spec) or manifest.get("run_sha") == run_sha(spec)
+    return manifest.get("config_sha") == config_sha(spec) or manifest.get("run_sha") == run_sha(spec)
 
 
 def fixed_files(*, model: Model, tokenizer: Any) -> dict[str, bytes]:
@@ -184,7 +186,8 @@ class Found:
 def find_checkpoint(folder: Path, spec: JobSpec) -> Found:
     """The newest whole checkpoint of this spec under `folder`. For runs without a server."""
     damaged = []
-    for candidate in sorted(folder.glob("checkpoint-*"), key=lambda path: -step_of(path)):
+    named = [path for path in folder.glob("checkpoint-*") if step_of(path) >= 0]
+    for candidate in sorted(named, key=lambda path: -step_of(path)):
         manifest = verify(candidate)
         if manifest is None:
             damaged.append(candidate)
@@ -197,6 +200,8 @@ def verify(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder whose files all have the size and hash it says; None for anything else."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        if not manifest["files"]:
+            return None
         for name, file in manifest["files"].items():
             path = folder / name
             if path.stat().st_size != file["bytes"] or hash_file(path) != file["sha256"]:
@@ -209,7 +214,7 @@ def verify(folder: Path) -> dict[str, Any] | None:
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint's folder; -1 for other names."""
     tail = path.name.removeprefix("checkpoint-")
-    return int(tail) if tail.isdigit() else -1
+    return int(tail) if tail.isascii() and tail.isdigit() else -1
 
 
 # ---------------------------------------------------------------- pieces shared with the export
@@ -305,6 +310,7 @@ def publish(stage: Path, target: Path) -> None:
         target.rename(trash)
     stage.rename(target)
     _fsync(target.parent)
+    _fsync(target.parent.parent)  # the first one's folder is new itself
     shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -353,7 +359,27 @@ def _unflatten(
         for part in path:
             place = place.setdefault(part, {})
         place[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    body = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    if getattr(optimizer, "is_paged", False):
+        _load_pages(optimizer, body)
+    else:
+        optimizer.load_state_dict(body)
+
+
+def _load_pages(optimizer: Any, body: dict[str, Any]) -> None:
+    """bitsandbytes' own loading puts paged state onto the device for good, where it was not when the run fitted.
+
+    Its small tensors go to the device at the first step (`to_gpu`), which leaves pages alone.
+    """
+    optimizer.load_state_dict(body, move_to_device=False)
+    for parameter, kept in optimizer.state.items():
+        for name in ("state1", "state2"):
+            read = kept.get(name)
+            if isinstance(read, torch.Tensor) and read.shape == parameter.shape:
+                place = optimizer.get_state_buffer(parameter, dtype=read.dtype)
+                if parameter.is_cuda:
+                    torch.cuda.synchronize(parameter.device)  # it is filled there
+                kept[name] = place.copy_(read)
 
 
 def _write_json(path: Path, value: Any) -> None:

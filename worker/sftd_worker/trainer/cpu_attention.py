@@ -13,6 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sftd_worker.trainer.packing import RowLayout
+from sftd_worker.trainer.precision import compute_dtype
 
 _BLOCK = {torch.float32: 32, torch.bfloat16: 64}  # queries at a time
 _FEWEST = 8
@@ -21,7 +22,7 @@ _MOST_WEIGHTS = 4 * 2**20  # of a block, which bounds its memory for long rows
 
 def fits(query: torch.Tensor) -> bool:
     """Is this something for here?"""
-    return query.device.type == "cpu" and _dtype_of(query) in _BLOCK
+    return query.device.type == "cpu" and compute_dtype(query) in _BLOCK
 
 
 def attend(
@@ -37,12 +38,8 @@ def attend(
 
     Under autocast in its type, as torch's own.
     """
-    query, key, value = (states.to(_dtype_of(query)) for states in (query, key, value))
+    query, key, value = (states.to(compute_dtype(query)) for states in (query, key, value))
     return _Attention.apply(query, key, value, layout, scale, window)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply unannotated
-
-
-def _dtype_of(states: torch.Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else states.dtype
 
 
 class _Attention(torch.autograd.Function):

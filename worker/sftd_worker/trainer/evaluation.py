@@ -69,6 +69,12 @@ def evaluate(
             events.notice(f"evaluation: out of memory; going on with batches of {budget.max_tokens} tokens")
     finally:
         model.net.train()
+    if model.shards is None:  # a rank's own: what is saved, and goes on, is one for all
+        budget = Budget(
+            batch_size=-most_of_ranks(world, -budget.batch_size),
+            max_tokens=-most_of_ranks(world, -budget.max_tokens),
+            halvings=most_of_ranks(world, budget.halvings),
+        )
     loss, correct, tokens = sum_over_ranks(world, sums)
     mean = loss / tokens
     result = Result(
@@ -85,7 +91,8 @@ def _sums(
     model: Model, rows: TokenRows, mine: list[int], budget: Budget, pad_id: int
 ) -> tuple[list[float], bool]:
     """([summed loss, right predictions, supervised tokens] of this rank's rows, did its memory run out)."""
-    sums = [0.0, 0.0, 0.0]
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    num_tokens = 0
 
     def score_rows(chosen: list[TokenRow], prefixes: list[Prefix | None]) -> Scores:
         batch = model.batch(chosen, pad_id=pad_id, prefixes=prefixes)
@@ -93,17 +100,18 @@ def _sums(
             return model.whole(lambda: score(model.head, model.hidden(batch), batch.targets))
 
     def add(chosen: list[TokenRow], prefixes: list[Prefix | None]) -> None:
+        nonlocal num_tokens
         scores = score_rows(chosen, prefixes)
-        sums[0] += float(scores.loss_sum)
-        sums[1] += float(scores.num_correct)
-        sums[2] += scores.num_tokens
+        found.append((scores.loss_sum, scores.num_correct))  # read at the end: a GPU is not waited for
+        num_tokens += scores.num_tokens
 
     passes: list[Callable[[], None]] = []
     for start in range(0, len(mine), _ROWS_AT_ONCE):
         near = mine[start : start + _ROWS_AT_ONCE]
         passes += [partial(add, *group) for group in _groups(model, [rows.row(i) for i in near], budget)]
     full = run_passes(model.shards, passes, idle=lambda: score_rows([idle_row(pad_id)], [None]))
-    return sums, full
+    loss_sum = math.fsum(float(loss) for loss, _ in found)
+    return [loss_sum, float(sum(int(correct) for _, correct in found)), float(num_tokens)], full
 
 
 def _groups(

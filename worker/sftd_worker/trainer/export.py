@@ -1,6 +1,5 @@
 """The result of a run: `results/`, a folder that transformers or peft load by themselves."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,16 @@ import torch
 from sftd import __version__
 from sftd.protocol import TrainerJob
 from sftd.schemas import ManifestFile
-from sftd_worker.trainer.checkpoint import RunState, disk_errors, publish, save_weights, write_manifest
+from sftd_worker.trainer.checkpoint import (
+    RunState,
+    clear_unfinished,
+    config_sha,
+    disk_errors,
+    publish,
+    run_sha,
+    save_weights,
+    write_manifest,
+)
 from sftd_worker.trainer.model import Model
 
 
@@ -28,14 +36,14 @@ def export(
         return {}
     stage = output / f".stage-results-{job.attempt}"
     with disk_errors("result", leaving=stage):
-        shutil.rmtree(stage, ignore_errors=True)
+        clear_unfinished(output)
         stage.mkdir(parents=True)
         save_weights(model, stage, dtype=dtype)
         tokenizer.save_pretrained(stage)
         (stage / "README.md").write_text(_card(job, state), encoding="utf-8")
-        files, _ = write_manifest(
-            stage, {"step": state.step, "attempt": job.attempt, "metrics": state.metrics}
-        )
+        facts = {"step": state.step, "attempt": job.attempt, "metrics": state.metrics}
+        hashes = {"config_sha": config_sha(job.spec), "run_sha": run_sha(job.spec)}
+        files, _ = write_manifest(stage, {**facts, **hashes})
         publish(stage, output / "results")
     return files
 

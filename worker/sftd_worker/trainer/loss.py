@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sftd_worker.trainer.precision import compute_dtype
+
 CHUNK_LOGITS = 64 * 1024 * 1024  # logits alive at once: 128 MiB in bf16, 256 MiB in fp32
 _BLOCK_LOGITS = (
     2 * 1024 * 1024
@@ -48,7 +50,7 @@ def scaled_loss(head: Head, hidden: torch.Tensor, targets: torch.Tensor, *, scal
     if head.weight is not None:
         # Where no backward pass follows, what went into `.grad` would stay there.
         adds_up = head.adds_up and hidden.requires_grad and torch.is_grad_enabled()
-        return _PlainHead.apply(hidden, head.weight, targets, scale, head.vocab_size, adds_up)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply unannotated
+        return _PlainHead.apply(hidden, head.weight, targets, scale, adds_up)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply unannotated
     return _AnyHead.apply(head, hidden, targets, scale, *head.parameters)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply unannotated
 
 
@@ -82,24 +84,28 @@ class _PlainHead(torch.autograd.Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
         scale: float,
-        vocab_size: int,
         adds_up: bool,
     ) -> torch.Tensor:
         kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype, vocab_size = compute_dtype(weight), len(weight)
         learns_hidden, learns_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if learns_hidden else None
         grad_weight = _Sum(weight, weight.grad if adds_up else None)
         loss = hidden.new_zeros((), dtype=torch.float64)
         with torch.autocast(kind, enabled=False):
-            states, matrix = hidden.to(dtype), weight.to(dtype)
-            for rows in _pieces(targets.numel(), CHUNK_LOGITS, vocab_size):
-                logits = states[rows] @ matrix.T  # (c, V)
+            states, matrix = hidden.to(dtype), _Matrix(weight, dtype)
+            chunks = list(_pieces(targets.numel(), CHUNK_LOGITS, vocab_size))
+            most = max((rows.stop - rows.start for rows in chunks), default=0)
+            room = states.new_empty(most * vocab_size)  # the logits of every chunk lie in the same memory
+            for rows in chunks:
+                chunk = states[rows]
+                logits = room[: len(chunk) * vocab_size].view(len(chunk), vocab_size)  # (c, V)
+                matrix.make_logits(chunk, logits)
                 loss += _loss_and_gradient(logits, targets[rows], scale)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = logits @ matrix
+                    grad_hidden[rows] = matrix.gradient_of_states(logits)
                 if learns_weight:
-                    grad_weight.add(logits, states[rows])
+                    grad_weight.add(logits, chunk)
         if adds_up and learns_weight:
             weight.grad = grad_weight.total
         ctx.save_for_backward(grad_hidden, None if adds_up else grad_weight.total)
@@ -107,7 +113,36 @@ class _PlainHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> Any:
-        return (*(_times(grad, outer[0]) for grad in ctx.saved_tensors), None, None, None, None)
+        return (*(_times(grad, outer[0]) for grad in ctx.saved_tensors), None, None, None)
+
+
+class _Matrix:
+    """A head's weight (V, d) in the type that products are computed in.
+
+    Where that is not its own, a CPU makes the copy piece by piece, each time anew: of a large vocabulary it would be as
+    large as the logits, and so would what the library lays out anew for a product with all of it.
+    """
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        pieces = list(_pieces(len(weight), _BLOCK_WEIGHTS, weight.shape[1]))
+        self._whole = weight.device.type != "cpu" or weight.dtype == dtype or len(pieces) == 1
+        self._weight = weight.to(dtype) if self._whole else weight
+        self._pieces = [slice(0, len(weight))] if self._whole else pieces
+        self._dtype = dtype
+
+    def make_logits(self, states: torch.Tensor, logits: torch.Tensor) -> None:
+        """states (c, d) @ weight.T into `logits` (c, V)."""
+        for piece in self._pieces:
+            torch.mm(states, self._weight[piece].to(self._dtype).T, out=logits[:, piece])
+
+    def gradient_of_states(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (c, V) @ weight: (c, d)."""
+        if self._whole:
+            return logits @ self._weight
+        total = torch.zeros(len(logits), self._weight.shape[1])
+        for piece in self._pieces:
+            total += logits[:, piece] @ self._weight[piece].to(self._dtype)
+        return total
 
 
 class _Sum:
@@ -166,6 +201,8 @@ class _AnyHead(torch.autograd.Function):
 
 def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
     """Summed loss of `logits` (n, V), which become `scale` × their own gradient, in place."""
+    if logits.device.type != "cpu":
+        return _loss_and_gradient_at_once(logits, targets, scale)
     loss = logits.new_zeros((), dtype=torch.float64)
     for part in _blocks(logits):
         wanted = targets[part]
@@ -176,6 +213,24 @@ def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float
         block[torch.arange(len(wanted), device=block.device), wanted] -= scale
         if block.data_ptr() != logits[part].data_ptr():
             logits[part] = block
+    return loss
+
+
+def _loss_and_gradient_at_once(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> torch.Tensor:
+    """The same numbers for a GPU, whose memory is passed over less often, and which nothing here waits for.
+
+    An ordinary assignment by index looks at the largest index first where sums are in a fixed order.
+    """
+    aim = logits.gather(1, targets[:, None]).float()
+    largest = logits.amax(-1, keepdim=True).float()
+    block = torch.sub(logits, largest).exp_()  # fp32
+    sums = block.sum(-1, keepdim=True)
+    loss = (sums.log().double() + largest.double() - aim.double()).sum()
+    factor = scale / sums
+    at_target = (block.gather(1, targets[:, None]) * factor - scale).squeeze(1).to(logits.dtype)
+    torch.mul(block, factor, out=logits)
+    places = [torch.arange(len(targets), device=logits.device), targets]
+    torch.ops.aten._index_put_impl_(logits, places, at_target, False, True)  # unsafe: no look at the indices
     return loss
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import re
 import resource
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ _WORDS = re.compile(
 
 
 _MOST_HALVINGS = 3
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_SHAPES_KEPT = "64"
+_LARGE_BYTES = 32 * 1024 * 1024  # the most that M_MMAP_THRESHOLD takes
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,19 @@ class Budget:
         return Budget(max(1, batch_size // 2), max(1, max_tokens // 2), self.halvings + 1)
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what torch frees on a CPU for its next step, not give it back and fault every page in again.
+def settle_host_memory() -> None:
+    """How memory is held where tensors are this machine's. Call it before the first product.
 
-    https://man7.org/linux/man-pages/man3/mallopt.3.html; other libraries than glibc have no such call.
+    The C library keeps what torch frees for the next step, and does not fault every page in again; all but the largest
+    tensors, which would leave holes that nothing else fits into (https://man7.org/linux/man-pages/man3/mallopt.3.html;
+    other libraries than glibc have no such call). oneDNN, and torch's layer above it, keep half a MiB of code for each
+    shape that they have multiplied: of a thousand shapes, if they are let. With packed rows every step brings new ones.
     """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _SHAPES_KEPT)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 

@@ -6,8 +6,9 @@ in bf16 weights. Frozen weights are kept in `precision`. Weights are read from s
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +23,10 @@ from sftd.protocol import TrainerJob
 from sftd.schemas import FailureReason
 from sftd.spec import JobSpec
 from sftd_worker.trainer import attention
+from sftd_worker.trainer.embedding import add_gradients_by_row
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.loss import Head
+from sftd_worker.trainer.memory import is_out_of_memory
 from sftd_worker.trainer.packing import (
     Kernel,
     MicroBatch,
@@ -34,14 +37,18 @@ from sftd_worker.trainer.packing import (
     find_prefixes,
 )
 from sftd_worker.trainer.precision import Precision
-from sftd_worker.trainer.probe import try_end_to_end
+from sftd_worker.trainer.probe import decoder_of, require_causal, try_end_to_end
 from sftd_worker.trainer.sharding import Sharding, Shards, load_in_shares
 from sftd_worker.trainer.template import Template, chatml
 from sftd_worker.trainer.world import World
 
 T = TypeVar("T")
 
-_SCALINGS = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # see Model.logits
+# What some models do behind their head: see Model.logits.
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma 2, RecurrentGemma
+_SCALINGS = ("logits_scaling", "logit_scale", "lm_head_multiplier", *_CAPS)
+_LARGE_LOGITS = 100.0
+_IS_NOISE = re.compile(r"drop|jitter")
 
 
 @dataclass
@@ -70,8 +77,7 @@ class Model:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in bf16, where that is the precision."""
-        # Its cache would keep bf16 copies of all layers, of which a sharded model holds one at a time.
-        return self.precision.autocast(self.device, cache=self.shards is None)
+        return self.precision.autocast(self.device)
 
     def batch(
         self, rows: Sequence[TokenRow], *, pad_id: int, prefixes: Sequence[Prefix | None] | None = None
@@ -94,9 +100,12 @@ class Model:
     def has_dropout(self) -> bool:
         """Does training draw random numbers: in an adapter, or in the model itself?"""
         rates = [module.p for module in self.net.modules() if isinstance(module, torch.nn.Dropout)]
-        config = self.causal.config.get_text_config()
+        # Many models call it as a function, at rates of their config.
+        settings = self.causal.config.get_text_config().to_dict().items()
         rates += [
-            value for name in ("attention_dropout", "attn_pdrop") if (value := getattr(config, name, 0))
+            value
+            for name, value in settings
+            if _IS_NOISE.search(name) and isinstance(value, float | int) and not isinstance(value, bool)
         ]
         return any(rate > 0 for rate in rates)
 
@@ -109,14 +118,23 @@ class Model:
         extra: dict[str, Any] = {"use_cache": False}
         if batch.layout is not None:
             extra["row_layout"] = batch.layout
-        decoder = self.causal.get_decoder()
-        states = decoder(
+        if self.one_by_one:
+            self._rotary.reset()
+        states = self._decoder(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             attention_mask=batch.attention_mask,
             **extra,
         ).last_hidden_state  # (1, T, d) or (B, T, d)
         return states.reshape(-1, states.shape[-1])[batch.predict_at]  # type: ignore[no-any-return]
+
+    @cached_property
+    def _decoder(self) -> Any:
+        return decoder_of(self.causal)
+
+    @cached_property
+    def _rotary(self) -> "_Rotary":
+        return _Rotary(self.causal)
 
     @property
     def head(self) -> Head:
@@ -141,8 +159,11 @@ class Model:
             logits = logits / scaling
         if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * scale
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma 2
-            logits = torch.tanh(logits / cap) * cap
+        if (factor := getattr(config, "lm_head_multiplier", None)) is not None:  # Falcon H1
+            logits = logits * factor
+        for name in _CAPS:
+            if (cap := getattr(config, name, None)) is not None:
+                logits = torch.tanh(logits / cap) * cap
         return logits
 
 
@@ -215,7 +236,8 @@ def load_model(
         one_by_one=spec.max_seq_length > _rope_limit(config),
         shards=shards,
     )
-    with torch.no_grad():
+    with torch.no_grad(), _said_as_unsupported(spec):
+        model.whole(lambda: require_causal(causal, device, precision))
         if not model.one_by_one:
             apart = model.whole(lambda: try_end_to_end(causal, device, precision))
             model.end_to_end, model.padded_because = apart.end_to_end, apart.because
@@ -223,6 +245,8 @@ def load_model(
         if model.end_to_end:
             causal.set_attn_implementation(attention.NAME)
         model.whole(lambda: _check_head(causal, device, precision, spec))
+    if spec.method == "full" and shards is None:
+        add_gradients_by_row(causal.get_input_embeddings())
     if spec.gradient_checkpointing:
         try:
             # Renamed in the course of transformers 5; the old name goes in 6.
@@ -306,22 +330,93 @@ def _load_adapter(net: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def _check_head(causal: Any, device: torch.device, precision: Precision, spec: JobSpec) -> None:
-    """The head as computed here must be the model's own, else the loss would be another model's."""
+    """The head as computed here must be the model's own, else the loss would be another model's.
+
+    Looked at twice: as it is, and with states so large that a cap on logits would show.
+    """
     training = causal.training
     causal.eval()
     probe = Model(causal, causal, precision, device, False, None, precision.dtype)  # for its logits alone
+    decoder = decoder_of(causal)
     ids = torch.arange(7, device=device)[None]
+    slack = 1e-4 if precision.name == "fp32" else 2e-2
+    same = []
     with probe.autocast():
-        wanted = causal(input_ids=ids, use_cache=False).logits[0].float()
-        states = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-        got = probe.logits(states).float()
+        states = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+        most = float(probe.logits(states).float().nan_to_num().abs().max())
+        for times in (1.0, _LARGE_LOGITS / most if most else 1.0):
+            with _states_times(decoder, times):
+                wanted = causal(input_ids=ids, use_cache=False).logits[0].float()
+            got = probe.logits(states * times).float()
+            room = slack * float(wanted.nan_to_num().abs().max())
+            same.append(
+                got.shape == wanted.shape
+                and torch.allclose(got, wanted, rtol=slack, atol=room, equal_nan=True)
+            )
     causal.train(training)
-    slack = 2e-2 * float(wanted.nan_to_num().abs().max())
-    if got.shape != wanted.shape or not torch.allclose(got, wanted, rtol=2e-2, atol=slack, equal_nan=True):
+    if not all(same):
         raise RunFailed(
             FailureReason.MODEL_UNSUPPORTED,
             f"{spec.base_model}: its output head does something that is not known here; choose another model",
         )
+
+
+@contextmanager
+def _states_times(decoder: Any, factor: float) -> Iterator[None]:
+    """The decoder's hidden states are so many times as large."""
+
+    def enlarge(_: Any, __: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * factor
+        return output
+
+    hook = decoder.register_forward_hook(enlarge)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _said_as_unsupported(spec: JobSpec) -> Iterator[None]:
+    """A model that breaks in a first forward of a few tokens is none that can be trained here."""
+    try:
+        yield
+    except (RunFailed, MemoryError):
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        if is_out_of_memory(error):
+            raise
+        raise RunFailed(
+            FailureReason.MODEL_UNSUPPORTED,
+            f"{spec.base_model}: its forward pass cannot be used here ({type(error).__name__}: {_first_line(error)}); "
+            "choose another model",
+        ) from error
+
+
+class _Rotary:
+    """Rotary positions that grow with the longest row seen (dynamic NTK): what they were before the first.
+
+    transformers keeps the grown ones for shorter rows that come after, so that a row's numbers would depend on the past.
+    """
+
+    def __init__(self, causal: Any) -> None:
+        self._kept = [
+            (
+                module,
+                {key: value for key, value in vars(module).items() if key.endswith("max_seq_len_cached")},
+                {key: value.clone() for key, value in module.named_buffers(recurse=False)},
+                getattr(module, "attention_scaling", None),
+            )
+            for module in causal.modules()
+            if hasattr(module, "max_seq_len_cached")
+        ]
+
+    def reset(self) -> None:
+        for module, lengths, buffers, scaling in self._kept:
+            for name, value in [*lengths.items(), *buffers.items()]:
+                setattr(module, name, value)
+            if scaling is not None:
+                module.attention_scaling = scaling
 
 
 def _rope_limit(config: Any) -> float:

@@ -188,10 +188,10 @@ class RowLayout:
             if prefix is not None:
                 pieces.append(np.arange(prefix.start, prefix.stop))
             pieces.append(np.arange(start, start + length))
-        return torch.from_numpy(np.concatenate(pieces)).to(self.device)
+        return _to(self.device, np.concatenate(pieces))
 
     def _ends(self, lengths: Sequence[int]) -> torch.Tensor:
-        return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(self.device)
+        return _to(self.device, np.cumsum([0, *lengths]).astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,13 @@ def collate_padded(rows: Sequence[TokenRow], *, device: torch.device, pad_id: in
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """int64, on the device; a GPU copies it while the host goes on."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+    """int64, on the device."""
+    return _to(device, np.ascontiguousarray(array, dtype=np.int64))
+
+
+def _to(device: torch.device, array: np.ndarray) -> torch.Tensor:
+    """A GPU copies it while the host goes on."""
+    tensor = torch.from_numpy(array)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

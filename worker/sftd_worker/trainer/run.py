@@ -1,11 +1,17 @@
 """The edge of a run: every way it can end becomes one EndLine and an exit code. `train.py` is the run itself."""
 
+import atexit
+import contextlib
+import errno
 import os
+import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -17,6 +23,9 @@ from sftd_worker.trainer.memory import is_out_of_memory
 from sftd_worker.trainer.signals import Signals
 from sftd_worker.trainer.train import Stopped, train
 from sftd_worker.trainer.world import join_world, leave_world
+
+_TIDY_SECONDS = 10.0
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
 def run(job: TrainerJob, *, signals: Signals, notices: Sequence[str] = ()) -> EndLine:
@@ -61,12 +70,20 @@ def run(job: TrainerJob, *, signals: Signals, notices: Sequence[str] = ()) -> En
         line = end("failed", failure.reason, str(failure))
     except Exception as error:
         if is_out_of_memory(error):
-            line = end("failed", FailureReason.OUT_OF_MEMORY, f"out of memory: {str(error).splitlines()[0]}")
+            words = str(error).splitlines() or [type(error).__name__]  # Python's own has none
+            line = end("failed", FailureReason.OUT_OF_MEMORY, f"out of memory: {words[0]}")
+        elif isinstance(error, OSError) and error.errno in _NO_ROOM:
+            where = f" ({error.filename})" if error.filename else ""
+            line = end(
+                "failed", FailureReason.DISK_FULL, f"the disk is full{where}; free some and start again"
+            )
         else:
-            events.log(traceback.format_exc())
+            with contextlib.suppress(OSError):  # the end is told, if nothing else
+                events.log(traceback.format_exc())
             line = end("failed", FailureReason.TRAINER_ERROR, f"{type(error).__name__}: {error}"[:4000])
     if line.outcome == "failed":
-        events.log(f"failed ({line.reason}): {line.message}")
+        with contextlib.suppress(OSError):
+            events.log(f"failed ({line.reason}): {line.message}")
     # The first rank that fails knows why; for the others a collective breaks. Rank 0 may hang in one and be killed, so
     # the rank that failed speaks for the run, whichever it is. A divergence is seen by all at once: rank 0 tells it.
     speaks = is_main or (line.outcome == "failed" and line.reason != FailureReason.DIVERGED)
@@ -75,6 +92,33 @@ def run(job: TrainerJob, *, signals: Signals, notices: Sequence[str] = ()) -> En
     if world is not None and line.outcome != "failed":
         leave_world(world)
     return line
+
+
+def run_and_end(job: TrainerJob, *, signals: Signals, notices: Sequence[str] = ()) -> NoReturn:
+    """Do a run and end this process with its exit code: 0 unless it failed. Does not return, whatever happens."""
+    code = 1
+    try:
+        code = int(run(job, signals=signals, notices=notices).outcome == "failed")
+    except BaseException:  # the process ends here
+        traceback.print_exc()
+    finally:
+        end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process without the interpreter's own end. Does not return.
+
+    While that goes on, threads of libraries (gloo's among them) that let go of a tensor ask for Python's lock and abort:
+    a run that had succeeded would count as failed, under torchrun with all its ranks.
+    """
+    # W&B ends its service there, and would wait for ever for one that hangs.
+    tidy = threading.Thread(target=atexit._run_exitfuncs, name="exit", daemon=True)
+    tidy.start()
+    tidy.join(_TIDY_SECONDS)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def _size(path: Path) -> int:

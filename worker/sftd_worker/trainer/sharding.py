@@ -26,6 +26,13 @@ from sftd_worker.trainer.order import FixedOrder
 from sftd_worker.trainer.world import World, barrier, most_of_ranks, sum_over_ranks
 
 T = TypeVar("T")
+# Without them ranks that use different experts, or one that broke off, could not keep in step.
+_CAN_KEEP_IN_STEP = all(
+    hasattr(FSDPModule, name) for name in ("set_reduce_scatter_unused_params", "reset_iter_state")
+)
+# Renamed in torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 Pass = Callable[[], object]  # one forward, with its backward where there is one
 
 
@@ -42,15 +49,22 @@ class Sharding:
 
 
 def choose_sharding(spec: JobSpec, world: World) -> Sharding:
-    """Settle `sharding: auto`, with the reason."""
+    """Settle `sharding: auto`, with the reason. Raises RunFailed(bad_spec) where this torch cannot do what is asked."""
     if world.size == 1:
         return Sharding("none", "there is nobody to share with", 1)
+    if spec.sharding == "fsdp" and not _CAN_KEEP_IN_STEP:
+        raise RunFailed(
+            FailureReason.BAD_SPEC,
+            f"sharding: fsdp needs torch 2.13 or newer, here is {torch.__version__}; set sharding to ddp",
+        )
     if spec.sharding != "auto":
         return Sharding(spec.sharding, "as the spec says", world.size)
     if spec.method != "full":
         return Sharding("ddp", "only an adapter is trained", world.size)
     if spec.optimizer != "adamw":
         return Sharding("ddp", f"{spec.optimizer} knows no shares", world.size)
+    if not _CAN_KEEP_IN_STEP:
+        return Sharding("ddp", f"torch {torch.__version__} is older than 2.13", world.size)
     return Sharding("fsdp", "all weights are trained", world.size)
 
 
@@ -355,7 +369,7 @@ class _AllGather(_Allocating):
         async_op: bool = False,
     ) -> Any:
         return self._messages.send(
-            lambda: dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op),
+            lambda: _all_gather(output_tensor, input_tensor, group=group, async_op=async_op),
             output_tensor,
         )
 
@@ -370,7 +384,7 @@ class _ReduceScatter(_Allocating):
         async_op: bool = False,
     ) -> Any:
         return self._messages.send(
-            lambda: dist.reduce_scatter_tensor(
+            lambda: _reduce_scatter(
                 output_tensor, input_tensor, op=op, group=group, async_op=async_op
             ),
             output_tensor,

@@ -286,6 +286,8 @@ class Template:
                 [messages], tools=tools, chat_template=self.source, **options, **self.special_tokens
             )
             return result
+        except RecursionError:
+            raise CannotRender("messages", "is nested too deeply for the model's chat template") from None
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise CannotRender("messages", f"the model's chat template refuses this row: {error}") from error
 

@@ -9,10 +9,9 @@ that is killed and resumed sees the same ones, and there is nothing to restore b
 
 import json
 import math
-import os
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,13 +37,13 @@ from sftd_worker.trainer.data import (
     split_by_hash,
     tokenize_file,
 )
-from sftd_worker.trainer.divergence import diverged, evaluation_has_exploded, has_exploded
+from sftd_worker.trainer.divergence import diverged, evaluation_has_exploded, good_through, has_exploded
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.evaluation import evaluate
 from sftd_worker.trainer.events import Events
 from sftd_worker.trainer.export import export
 from sftd_worker.trainer.loss import scaled_loss
-from sftd_worker.trainer.memory import Budget, estimate_bytes, keep_freed_memory, release_memory
+from sftd_worker.trainer.memory import Budget, estimate_bytes, release_memory, settle_host_memory
 from sftd_worker.trainer.model import Model, load_model, load_tokenizer
 from sftd_worker.trainer.optim import learning_rate, make_optimizer, set_learning_rate, warmup_steps
 from sftd_worker.trainer.order import FixedOrder
@@ -54,7 +53,15 @@ from sftd_worker.trainer.saving import Saver
 from sftd_worker.trainer.sharding import Sharding, choose_sharding, run_passes
 from sftd_worker.trainer.signals import Signals
 from sftd_worker.trainer.tracking import start_tracker
-from sftd_worker.trainer.world import World, any_rank, barrier, most_of_ranks, sum_gradients, sum_over_ranks
+from sftd_worker.trainer.world import (
+    World,
+    any_rank,
+    barrier,
+    most_of_ranks,
+    sum_gradients,
+    sum_over_ranks,
+    word_of_main,
+)
 
 
 class Stopped(Exception):
@@ -65,7 +72,8 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     """Do the whole run. Returns the files of results/. Raises RunFailed or Stopped."""
     spec = job.spec
     output = Path(job.output_dir)
-    resume_from = Path(job.resume_from) if job.resume_from else None
+    found = word_of_main(world, job.resume_from)
+    resume_from = Path(found) if found else None
     if resume_from is not None:
         if world.is_main:  # its files are large: one rank reads them all, the others wait for its word
             require_whole(resume_from, spec)
@@ -77,7 +85,7 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     torch.backends.cuda.matmul.allow_tf32 = precision.name == "bf16"  # fp32 means fp32
     order = FixedOrder()
     if world.device.type == "cpu":
-        keep_freed_memory()
+        settle_host_memory()
     events.log(
         f"{spec.method} on {_device_name(world)}, {world.size} process(es), {precision.name}: {precision.reason}"
     )
@@ -168,6 +176,7 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
         signals=signals,
     )
     failed = True
+    ahead: StepRows | None = None  # of the step to come
     model.net.train()
     try:
         while True:
@@ -179,7 +188,9 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
                 result, eval_budget = evaluate(
                     model, eval_rows, world=world, budget=eval_budget, pad_id=pad_id, events=events
                 )
-                wrong = evaluation_has_exploded(result.eval_loss, state, vocab_size=model.vocab_size)
+                wrong = evaluation_has_exploded(
+                    result.eval_loss, state, vocab_size=model.vocab_size, num_tokens=result.num_tokens
+                )
                 state.evaluated_at = step
                 state.eval_budget = asdict(eval_budget)
                 state.metrics["eval_loss"] = result.eval_loss
@@ -223,37 +234,32 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
 
             # ------------------------------------------------------------------ step
             started = time.perf_counter()
-            rows = plan.rows_of_step(step)
-            lengths = [int(train_rows.lengths[i]) for i in rows]
-            num_supervised = int(train_rows.num_supervised[rows].sum())
-            mine = [rows[i] for i in share_of_rank(lengths, rank=world.rank, world_size=world.size)]
-
-            local_loss, budget = _accumulate(
-                model,
-                train_rows,
-                mine,
-                num_supervised,
-                budget,
-                packing,
-                pad_id,
-                spec.seed,
-                step,
-                order,
-                world,
-                events,
+            rows = ahead or _rows_of_step(step, plan, train_rows, model, packing, world)
+            part_of_loss, budget = _accumulate(
+                model, rows, budget, packing, pad_id, spec.seed, step, order, world, events
             )
-            (loss,) = sum_over_ranks(world, [local_loss])
-            if (wrong := has_exploded(loss, state, vocab_size=model.vocab_size)) is not None:
-                raise _diverged(
-                    f"the loss of step {step + 1} {wrong}", saver, world, output, good_through=step - 1
-                )
+            # While a GPU works on what it was given, the host prepares what comes next.
+            ahead = None
+            if step + 1 < plan.total_steps:
+                ahead = _rows_of_step(step + 1, plan, train_rows, model, packing, world)
+
             max_norm = spec.max_grad_norm or math.inf
             if model.shards is None:
                 sum_gradients(world, parameters)
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+                size = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
             else:  # summed in the backward pass, each rank its share
                 model.shards.drop_unused()
-                norm = model.shards.clip(max_norm)
+                size = torch.tensor(model.shards.clip(max_norm))
+            loss, norm = _read(world, part_of_loss, size)  # the host waits for the device here, and once
+            wrong = has_exploded(loss, state, vocab_size=model.vocab_size, num_tokens=rows.num_supervised)
+            if wrong is not None:
+                raise _diverged(
+                    f"the loss of step {step + 1} {wrong}",
+                    saver,
+                    world,
+                    output,
+                    good_through=good_through(state),
+                )
             if not math.isfinite(norm):
                 raise _diverged(
                     f"the gradient of step {step + 1} has the norm {norm}",
@@ -274,7 +280,7 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
             state.unordered = order.given_up
             if state.first_loss is None:
                 state.first_loss = loss
-            state.tokens_seen += sum(lengths)
+            state.tokens_seen += rows.num_tokens
             state.metrics["loss"] = loss
             if state.step % spec.logging_steps == 0 or state.step == plan.total_steps:
                 values = {
@@ -282,10 +288,10 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
                     "learning_rate": rate,
                     "grad_norm": norm,
                     "epoch": plan.epoch_at(state.step),
-                    "tokens": float(sum(lengths)),
-                    "supervised_tokens": float(num_supervised),
+                    "tokens": float(rows.num_tokens),
+                    "supervised_tokens": float(rows.num_supervised),
                     "tokens_seen": float(state.tokens_seen),
-                    "tokens_per_second": sum(lengths) / seconds,
+                    "tokens_per_second": rows.num_tokens / seconds,
                     "seconds": seconds,
                 }
                 events.step(state.step, values)
@@ -319,11 +325,34 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
         tracker.finish(failed=failed)
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """What an optimizer step learns from."""
+
+    rows: list[TokenRow]  # this rank's
+    prefixes: list[Prefix | None]  # what they have in common from the start
+    num_tokens: int  # of all ranks
+    num_supervised: int  # of all ranks
+
+
+def _rows_of_step(
+    step: int, plan: Plan, train_rows: TokenRows, model: Model, packing: bool, world: World
+) -> StepRows:
+    chosen = plan.rows_of_step(step)
+    lengths = [int(train_rows.lengths[i]) for i in chosen]
+    mine = share_of_rank(lengths, rank=world.rank, world_size=world.size)
+    rows = [train_rows.row(chosen[i]) for i in mine]
+    return StepRows(
+        rows=rows,
+        prefixes=model.prefixes(rows) if packing else [None] * len(rows),
+        num_tokens=sum(lengths),
+        num_supervised=int(train_rows.num_supervised[chosen].sum()),
+    )
+
+
 def _accumulate(
     model: Model,
-    train_rows: TokenRows,
-    mine: list[int],
-    num_supervised: int,
+    step_rows: StepRows,
     budget: Budget,
     packing: bool,
     pad_id: int,
@@ -332,16 +361,15 @@ def _accumulate(
     order: FixedOrder,
     world: World,
     events: Events,
-) -> tuple[float, Budget]:
+) -> tuple[torch.Tensor, Budget]:
     """Forward and backward over this rank's rows of a step. Leaves the gradient of the step's mean loss in `.grad`.
 
-    Returns this rank's share of the mean loss and the budget to go on with. When memory runs out anywhere, all ranks
+    Returns this rank's share of the mean loss (a scalar in fp64) and the budget to go on with. When memory runs out anywhere, all ranks
     do the step again with micro-batches of half the size: more of them, the same step. So they do, in any order, where
     an operation knows no fixed one.
     """
-    rows = [train_rows.row(i) for i in mine]
+    rows, prefixes = step_rows.rows, step_rows.prefixes
     lengths = [len(ids) for ids, _ in rows]
-    prefixes = model.prefixes(rows) if packing else [None] * len(rows)
     while True:
         torch.manual_seed(_seed_of(seed, step, world.rank))  # dropout, on CPU and GPU
         layout = lay_out(
@@ -357,7 +385,7 @@ def _accumulate(
             chosen: list[TokenRow], shared: list[Prefix | None], total: torch.Tensor, share: float = 1.0
         ) -> None:
             batch = model.batch(chosen, pad_id=pad_id, prefixes=shared)
-            scale = share / num_supervised
+            scale = share / step_rows.num_supervised
             with order.kept() if share else nullcontext():  # what is nothing may be added in any order
                 with model.autocast():
                     loss = model.whole(
@@ -381,7 +409,7 @@ def _accumulate(
         alone = all(len(group) == 1 for group in layout)
         unordered, full_somewhere, stuck = any_rank(world, unordered_here, full, full and alone)
         if not (unordered or full_somewhere):
-            return float(total), budget
+            return total, budget
         for parameter in model.trainable():
             parameter.grad = None
         if model.shards is not None:
@@ -423,6 +451,12 @@ def _accumulate(
             f"({budget.max_tokens} tokens)",
             {"batch_size": budget.batch_size, "max_tokens": budget.max_tokens},
         )
+
+
+def _read(world: World, part_of_loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
+    """The step's mean loss, summed over ranks, and the norm of its gradient, as numbers."""
+    loss, size = torch.stack([part_of_loss, norm.to(part_of_loss)]).tolist()
+    return sum_over_ranks(world, [loss])[0], size
 
 
 def _seed_of(seed: int, step: int, rank: int) -> int:
@@ -574,7 +608,7 @@ def _write_evaluations(output: Path, state: RunState) -> None:
 
 def _replace(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new one, never half of it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.unfinished")  # the next attempt's, where this one is killed
     unfinished.write_text(text, encoding="utf-8")
     unfinished.rename(path)
 

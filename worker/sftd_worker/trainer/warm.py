@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,9 @@ def preload() -> None:
     """Import what most runs import, without bitsandbytes: its import asks CUDA for its devices."""
     hide_bitsandbytes()
     with quick_imports():
+        # tqdm's own lock is a semaphore that all forks share, and every progress bar takes it, shown or not: a trainer
+        # killed at that moment would leave all later ones waiting for it.
+        importlib.import_module("tqdm").tqdm.set_lock(threading.RLock())
         importlib.import_module("sftd_worker.trainer.run")
         importlib.import_module("peft.utils.transformers_weight_conversion")  # by peft at its first adapter
         for name in _ARCHITECTURES:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from sftd.schemas import FailureReason
 from sftd_worker.trainer.errors import RunFailed
 
+_WORD_BYTES = 4000
 _BUCKET_BYTES = 64 * 1024 * 1024  # gradients travel in pieces of about this size
 
 
@@ -57,8 +58,12 @@ def join_world(*, device: str, gpus: int) -> World:
     if use_cuda:
         torch.cuda.set_device(here)
     if size > 1:
+        if os.environ.get("LOCAL_WORLD_SIZE", str(size)) == str(size):  # all on this machine
+            # Else gloo asks a name server where this machine is, which may take its time.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         backend = "nccl" if use_cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        # A wrong device is found out at once with it, not in the first sum.
+        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=here if use_cuda else None)
     return World(rank, size, here)
 
 
@@ -72,6 +77,18 @@ def barrier(world: World) -> None:
     """Wait for all ranks."""
     if world.size > 1:
         dist.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
+
+
+def word_of_main(world: World, text: str | None) -> str | None:
+    """What rank 0 says; the others' `text` does not count. At most 4,000 bytes."""
+    if world.size == 1:
+        return text
+    said = b"" if text is None or not world.is_main else text.encode()
+    letters = torch.zeros(_WORD_BYTES, dtype=torch.uint8)
+    letters[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8) if said else 0
+    letters = letters.to(world.device)
+    dist.broadcast(letters, src=0)
+    return bytes(letters.tolist()).rstrip(b"\0").decode() or None
 
 
 def sum_over_ranks(world: World, values: list[float]) -> list[float]:
