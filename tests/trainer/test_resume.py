@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora with dropout": {"method": "lora", "lora": {"rank": 4, "dropout": 0.2}},
     "qlora": {"method": "qlora", "precision": "auto"},
     "8-bit optimizer": {"method": "full", "learning_rate": 1e-3, "optimizer": "adamw_8bit"},
+    "paged optimizer": {"method": "full", "learning_rate": 1e-3, "optimizer": "paged_adamw_8bit"},
 }
 COMMON = {"max_steps": 12, "save_steps": 3, "eval_steps": 4, "validation_split": 0.1, "batch_size": 8}
 

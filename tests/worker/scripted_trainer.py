@@ -2,8 +2,8 @@
 
 Keys of the script: steps, step_seconds, checkpoint_every, ignore_signals, silent_seconds (before the first line), end
 (succeeded | exception | exit | kill | torn), at (the step of the end), log (a line for each step), save_seconds,
-launcher (the work is done by a child in a session of its own, as under torchrun), daemon (leave a process behind), leave
-(a change of the environment, made after it was written to environment.json).
+linger_seconds (behind the last word), launcher (the work is done by a child in a session of its own, as under torchrun),
+daemon (leave a process behind), leave (a change of the environment, made after it was written to environment.json).
 """
 
 import hashlib
@@ -64,6 +64,7 @@ def main() -> None:
     (results / "model.txt").write_text("trained")
     files = {"model.txt": {"bytes": 7, "sha256": hashlib.sha256(b"trained").hexdigest()}}
     say(type="end", outcome="succeeded", files=files)
+    time.sleep(script.get("linger_seconds", 0))
 
 
 def end_badly() -> None:

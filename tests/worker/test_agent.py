@@ -40,6 +40,19 @@ def test_a_job_is_run_from_claim_to_finish(server: "FakeServer", worker: "Worker
     assert worker.stop() == 0
 
 
+def test_a_trainer_that_stays_behind_its_last_word_holds_neither_the_job_nor_its_device(
+    server: "FakeServer", worker: "WorkerProcess"
+) -> None:
+    server.post_job()
+
+    worker.start({"steps": 3, "linger_seconds": 1000}, last_word_seconds=0.5)
+    call, body = last_call(server)
+
+    assert (call, body["state"], list(body["files"])) == ("finish", "succeeded", ["model.txt"])
+    assert server.steps() == [1, 2, 3]
+    assert worker.trainer_gone()
+
+
 # ---------------------------------------------------------------- cancel, pause, stop
 
 

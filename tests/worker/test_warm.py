@@ -1,6 +1,7 @@
 """The warm parent and what it forks, as processes: that nothing but speed tells a forked trainer from a started one."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 from examples import tiny_model
+
+from sftd_worker.warm import WarmParent
 
 if TYPE_CHECKING:
     from conftest import FakeServer, WorkerProcess
@@ -369,6 +372,27 @@ def test_the_warm_parent_only_imports_and_gets_its_memory_back(
     assert parent.num_threads() == 1
     assert "libcuda" not in Path(f"/proc/{parent.pid}/maps").read_text()
     assert parent.memory_info().rss < idle + 16 * 2**20
+
+
+def test_a_warm_parent_that_cannot_be_started_harms_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The machine has no process number or memory left: raised here, for nothing else can bring it about."""
+
+    def none_left(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", none_left)
+    files_before = len(os.listdir("/proc/self/fd"))
+    parent = WarmParent(["python"], environment={})
+
+    for _ in range(5):
+        parent.keep()
+        assert not parent.starting
+
+    assert caplog.text.count("it could not be started") == 3
+    assert "jobs are started the cold way from now on" in caplog.text
+    assert len(os.listdir("/proc/self/fd")) == files_before
 
 
 KILLED_IN_A_BAR = """

@@ -43,7 +43,6 @@ log = logging.getLogger("sftd.worker")
 TRAINER_LOCK = ".trainer.lock"
 TAIL_LINE_CHARS = 2000
 MAX_MESSAGE_CHARS = 8000
-LAST_WORD_SECONDS = 60.0  # behind its last word a trainer has so long to go
 HURRIED_SECONDS = 3.0  # for the last calls once the worker was told to stop a second time
 
 
@@ -256,7 +255,7 @@ class _Attempt:
                 may_save = may_save or spool.has_whole_line_after(trainer_start)
                 if shipper.end is not None and ended_at is None:
                     ended_at = time.monotonic()
-                over = ended_at is not None and time.monotonic() - ended_at > LAST_WORD_SECONDS
+                over = ended_at is not None and time.monotonic() - ended_at > self.settings.last_word_seconds
                 trainer.obey(self._order(may_save=may_save, broken=over or shipper.error is not None))
                 self.worker.bell.wait(self._seconds_until_next_look(trainer))
         finally:

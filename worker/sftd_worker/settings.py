@@ -88,7 +88,9 @@ class WorkerSettings(BaseModel):
         True,
         description="Keep a process that has imported torch and the rest, and fork trainers off it: jobs start at once.",
     )
-    # Not settable from outside: how the trainer and its warm parent are started. Tests put scripted ones here.
+    # Not settable from outside: how long a trainer may stay behind its last word, how it and its warm parent are started.
+    # Tests put scripted ones here.
+    last_word_seconds: float = Field(60, exclude=True)
     trainer_argv: tuple[str, ...] = Field((sys.executable, "-m", "sftd_worker.trainer"), exclude=True)
     warm_argv: tuple[str, ...] = Field((sys.executable, "-P", "-m", "sftd_worker.trainer.warm"), exclude=True)
 

@@ -384,9 +384,7 @@ class _ReduceScatter(_Allocating):
         async_op: bool = False,
     ) -> Any:
         return self._messages.send(
-            lambda: _reduce_scatter(
-                output_tensor, input_tensor, op=op, group=group, async_op=async_op
-            ),
+            lambda: _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op),
             output_tensor,
         )
 
