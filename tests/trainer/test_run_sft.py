@@ -61,7 +61,7 @@ def test_a_run_leaves_the_agreed_folder_without_a_server(tiny: Path, tmp_path: P
         sys.executable, SCRIPT, *flags(tiny, tmp_path / "out", "--config", str(config), "--use_no_test_cases")
     )
     assert again.returncode == 0, again.stderr
-    assert "is finished already" in again.stdout
+    assert "holds the result already" in again.stdout
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(

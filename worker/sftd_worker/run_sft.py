@@ -11,6 +11,7 @@ again with the same flags goes on from its newest checkpoint.
 
 import argparse
 import fcntl
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if wanted is not None and wanted > 1 and "WORLD_SIZE" not in os.environ:
             _start_missing_ranks(wanted, arguments)
         job = make_job(flags, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        if _is_finished(job):  # every rank looks: one that ended alone would be waited for
+            print(f"run_sft: {job.output_dir} holds the result already", flush=True)
+            sys.exit(0)
         is_main = os.environ.get("RANK", "0") == "0"
         lock = _lock(Path(job.output_dir)) if is_main else None
     except UsageError as error:
@@ -83,29 +87,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_and_end(job, signals=signals, notices=notices)
 
 
+def _is_finished(job: TrainerJob) -> bool:
+    """Has a run of this job come to its end here? Raises UsageError where another one has."""
+    manifest = Path(job.output_dir) / "results" / "manifest.json"
+    if not manifest.exists():
+        return False
+    from sftd_worker.trainer.checkpoint import is_of_run
+
+    try:
+        same = is_of_run(json.loads(manifest.read_text()), job.spec)
+    except (ValueError, AttributeError):  # not ours
+        same = False
+    if not same:
+        raise UsageError(
+            f"--output_dir: {job.output_dir} already holds a finished run with other flags; choose another folder or "
+            "remove it"
+        )
+    return True
+
+
 def _go_on(job: TrainerJob) -> tuple[TrainerJob, list[str]]:
     """(the job from where an earlier run of it was interrupted, what to tell of that).
 
-    Ends the process where it had come to its end. Raises UsageError where the folder holds another run.
+    Raises UsageError where the folder holds another run.
     """
-    from sftd_worker.trainer.checkpoint import find_checkpoint, is_of_run, verify
+    from sftd_worker.trainer.checkpoint import find_checkpoint, verify
 
-    output = Path(job.output_dir)
-    if (output / "results" / "manifest.json").exists():
-        finished = verify(output / "results")
-        if finished is None or not is_of_run(finished, job.spec):
-            raise UsageError(
-                f"--output_dir: {output} already holds a finished run; choose another folder or remove it"
-            )
-        print(f"run_sft: {output / 'results'} is finished already", flush=True)
-        sys.exit(0)
-    found = find_checkpoint(output / "checkpoints", job.spec)
+    checkpoints = Path(job.output_dir) / "checkpoints"
+    found = find_checkpoint(checkpoints, job.spec)
     if found.newest is not None:
         job = job.model_copy(update={"resume_from": str(found.newest)})
-    elif any(verify(folder) for folder in (output / "checkpoints").glob("checkpoint-*")):
+    elif any(verify(folder) for folder in checkpoints.glob("checkpoint-*")):
         raise UsageError(
-            f"--output_dir: {output} holds checkpoints of a run with other flags; give the same flags to go on with it, "
-            "or choose another folder"
+            f"--output_dir: {job.output_dir} holds checkpoints of a run with other flags; give the same flags to go on "
+            "with it, or choose another folder"
         )
     return job, found.notices()
 

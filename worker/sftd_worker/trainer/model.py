@@ -48,7 +48,7 @@ T = TypeVar("T")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma 2, RecurrentGemma
 _SCALINGS = ("logits_scaling", "logit_scale", "lm_head_multiplier", *_CAPS)
 _LARGE_LOGITS = 100.0
-_IS_NOISE = re.compile(r"drop|jitter")
+_IS_NOISE = re.compile(r"^(?!classifier_|summary_).*(drop|jitter)")  # those are of other heads
 
 
 @dataclass
@@ -236,7 +236,7 @@ def load_model(
         one_by_one=spec.max_seq_length > _rope_limit(config),
         shards=shards,
     )
-    with torch.no_grad(), _said_as_unsupported(spec):
+    with torch.no_grad(), _said_as_unsupported(spec, shards):
         model.whole(lambda: require_causal(causal, device, precision))
         if not model.one_by_one:
             apart = model.whole(lambda: try_end_to_end(causal, device, precision))
@@ -377,11 +377,13 @@ def _states_times(decoder: Any, factor: float) -> Iterator[None]:
 
 
 @contextmanager
-def _said_as_unsupported(spec: JobSpec) -> Iterator[None]:
-    """A model that breaks in a first forward of a few tokens is none that can be trained here."""
+def _said_as_unsupported(spec: JobSpec, shards: Shards | None) -> Iterator[None]:
+    """A model whose own code breaks in a first forward of a few tokens is none that can be trained here."""
+    # A device that fails, or another rank, is no fault of the model's.
+    others = (torch.AcceleratorError,) if shards is None else (RuntimeError,)
     try:
         yield
-    except (RunFailed, MemoryError):
+    except (RunFailed, MemoryError, OSError, *others):
         raise
     except Exception as error:  # whatever a model's own code raises
         if is_out_of_memory(error):
