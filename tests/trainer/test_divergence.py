@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from sftd.protocol import TrainerJob
 from sftd_worker.trainer import train as train_module
 from sftd_worker.trainer.checkpoint import RunState, verify
-from sftd_worker.trainer.divergence import evaluation_has_exploded, good_through, has_exploded
+from sftd_worker.trainer.divergence import evaluation_has_exploded, has_exploded, last_good
 from sftd_worker.trainer.run import run
 from sftd_worker.trainer.signals import Signals
 
@@ -190,7 +190,7 @@ def test_a_wrong_answer_of_a_few_tokens_ends_no_run_but_a_hundred_in_a_row_do() 
 
     assert said[:4] == [None] * 4
     assert said[4] is not None
-    assert good_through(state) == 8  # the weights of step 8 made a fine loss, those of 9 did not
+    assert last_good(state, state.step - 1) == 8  # the weights of step 8 made a fine loss, those of 9 did not
     assert has_exploded(math.nan, RunState(first_loss=1.0), vocab_size=1000, num_tokens=1) is not None
 
 

@@ -62,6 +62,9 @@ def test_a_run_leaves_the_agreed_folder_without_a_server(tiny: Path, tmp_path: P
     )
     assert again.returncode == 0, again.stderr
     assert "holds the result already" in again.stdout
+    other_rows = launch(sys.executable, SCRIPT, *flags(tiny, tmp_path / "out", "--config", str(config)))
+    assert other_rows.returncode == 2
+    assert "with other flags or rows" in other_rows.stderr
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_there(

@@ -219,7 +219,8 @@ def trainer_environment(
         "JE_ARROW_MALLOC_CONF": "background_thread:false",
     }
     # Every step has other sizes: blocks that cannot grow would leave holes, and run out of memory that is there.
-    allowed.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not any(name in allowed for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        allowed["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if offline:
         allowed["HF_HUB_OFFLINE"] = "1"
     return allowed

@@ -30,6 +30,7 @@ from pydantic import ValidationError
 
 from sftd.protocol import TrainerJob
 from sftd.spec import JobSpec
+from sftd_worker.trainer.__main__ import forget_quick_lookups, start_ranks
 from sftd_worker.trainer.signals import Signals, die_with_parent
 
 # Names that the `model:` section of a --config file may hold, and the spec's fields that they set.
@@ -52,6 +53,7 @@ class UsageError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line. Exit code 0 when the run succeeded (or stopped as asked), 1 when it failed, 2 for wrong flags."""
+    forget_quick_lookups()
     signals = Signals().install(interrupt_saves=True)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # else ranks would go on when torchrun is killed
         die_with_parent()
@@ -92,16 +94,17 @@ def _is_finished(job: TrainerJob) -> bool:
     manifest = Path(job.output_dir) / "results" / "manifest.json"
     if not manifest.exists():
         return False
-    from sftd_worker.trainer.checkpoint import is_of_run
+    from sftd_worker.trainer.checkpoint import data_sha_of, is_of_run
 
     try:
-        same = is_of_run(json.loads(manifest.read_text()), job.spec)
+        found = json.loads(manifest.read_text())
+        same = is_of_run(found, job.spec) and found.get("data_sha") == data_sha_of(job)
     except (ValueError, AttributeError):  # not ours
         same = False
     if not same:
         raise UsageError(
-            f"--output_dir: {job.output_dir} already holds a finished run with other flags; choose another folder or "
-            "remove it"
+            f"--output_dir: {job.output_dir} already holds a finished run, with other flags or rows; choose another folder "
+            "or remove it"
         )
     return True
 
@@ -127,14 +130,21 @@ def _go_on(job: TrainerJob) -> tuple[TrainerJob, list[str]]:
 
 def _lock(folder: Path) -> IO[bytes]:
     """Keep other runs out of a folder for as long as this process lives. Raises UsageError where there is one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".run.lock").open("ab")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".run.lock").open("ab")
+    except OSError as error:
+        raise UsageError(f"--output_dir: {folder} cannot be written to ({error.strerror})") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UsageError(
             f"--output_dir: another run is writing into {folder}; wait for it or choose another folder"
         ) from None
+    except OSError as error:  # some file systems have no locks
+        print(
+            f"run_sft: {folder} cannot be locked ({error.strerror}); let no other run write there", flush=True
+        )
     return lock
 
 
@@ -332,8 +342,6 @@ def _output_folder(flags: argparse.Namespace, method: str) -> Path:
 
 
 def _start_missing_ranks(number: int, arguments: list[str]) -> None:
-    from sftd_worker.trainer.__main__ import start_ranks
-
     print(
         f"accelerate launch was asked for {number} processes and started 1: starting {number} by torchrun",
         flush=True,

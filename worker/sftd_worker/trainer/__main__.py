@@ -18,8 +18,7 @@ _QUICK_LOOKUPS = "timeout:1 attempts:1"
 
 def main() -> None:
     """Obey signals first, import torch after."""
-    if os.environ.get("RES_OPTIONS") == _QUICK_LOOKUPS:
-        del os.environ["RES_OPTIONS"]
+    forget_quick_lookups()
     die_with_parent()
     signals = Signals().install()
     if len(sys.argv) != 2:
@@ -40,6 +39,12 @@ def work(workdir: Path, signals: Signals) -> NoReturn:
     from sftd_worker.trainer.run import run_and_end
 
     run_and_end(job, signals=signals)
+
+
+def forget_quick_lookups() -> None:
+    """In a rank, before it looks up anything."""
+    if os.environ.get("RES_OPTIONS") == _QUICK_LOOKUPS:
+        del os.environ["RES_OPTIONS"]
 
 
 def start_ranks(num_processes: int, command: list[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sftd.protocol import TrainerJob
 from sftd.schemas import FailureReason, ManifestFile
 from sftd.spec import JobSpec
 from sftd_worker.trainer.errors import RunFailed
@@ -81,6 +82,11 @@ def run_sha(spec: JobSpec) -> str:
 def is_of_run(manifest: dict[str, Any], spec: JobSpec) -> bool:
     """May a run of `spec` go on from the checkpoint of this manifest?"""
     return manifest.get("config_sha") == config_sha(spec) or manifest.get("run_sha") == run_sha(spec)
+
+
+def data_sha_of(job: TrainerJob, training_sha: str | None = None) -> str:
+    """What decides which rows are trained on: with a server files never change, in a folder they may."""
+    return (training_sha or hash_file(Path(job.training_path))) + "-no-tests" * job.skip_test_translation
 
 
 def fixed_files(*, model: Model, tokenizer: Any) -> dict[str, bytes]:
@@ -291,13 +297,13 @@ def write_manifest(
         name = str(path.relative_to(folder))
         if name not in files:
             files[name] = ManifestFile(bytes=path.stat().st_size, sha256=hash_file(path))
-            _fsync(path)
+            fsync(path)
     body = json.dumps({**facts, "files": {name: file.model_dump() for name, file in files.items()}}, indent=1)
     manifest = folder / MANIFEST
     manifest.write_text(body)
-    _fsync(manifest)
+    fsync(manifest)
     for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        _fsync(directory)
+        fsync(directory)
     files[MANIFEST] = ManifestFile(bytes=len(body.encode()), sha256=hashlib.sha256(body.encode()).hexdigest())
     return files, files[MANIFEST].sha256
 
@@ -309,8 +315,7 @@ def publish(stage: Path, target: Path) -> None:
     if target.exists():
         target.rename(trash)
     stage.rename(target)
-    _fsync(target.parent)
-    _fsync(target.parent.parent)  # the first one's folder is new itself
+    fsync(target.parent)
     shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -386,7 +391,8 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1))
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file, or the entries of a folder, survive a power loss."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

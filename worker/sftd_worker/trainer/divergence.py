@@ -32,9 +32,9 @@ def has_exploded(loss: float, state: RunState, *, vocab_size: int, num_tokens: i
     return wrong if not math.isfinite(loss) or state.tokens_far_off >= _MANY_TOKENS else None
 
 
-def good_through(state: RunState) -> int:
-    """The last step whose weights are known to be good, when the loss of the step behind `state.step` has exploded."""
-    return (state.step if state.far_off_since is None else state.far_off_since) - 1
+def last_good(state: RunState, step: int) -> int:
+    """The last step whose weights are known to be good, where those of `step` would be but for losses far off before."""
+    return step if state.far_off_since is None else min(step, state.far_off_since - 1)
 
 
 def evaluation_has_exploded(loss: float, state: RunState, *, vocab_size: int, num_tokens: int) -> str | None:

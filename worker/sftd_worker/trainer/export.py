@@ -42,7 +42,11 @@ def export(
         tokenizer.save_pretrained(stage)
         (stage / "README.md").write_text(_card(job, state), encoding="utf-8")
         facts = {"step": state.step, "attempt": job.attempt, "metrics": state.metrics}
-        hashes = {"config_sha": config_sha(job.spec), "run_sha": run_sha(job.spec)}
+        hashes = {
+            "config_sha": config_sha(job.spec),
+            "run_sha": run_sha(job.spec),
+            "data_sha": state.data_sha,
+        }
         files, _ = write_manifest(stage, {**facts, **hashes})
         publish(stage, output / "results")
     return files

@@ -48,6 +48,7 @@ T = TypeVar("T")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma 2, RecurrentGemma
 _SCALINGS = ("logits_scaling", "logit_scale", "lm_head_multiplier", *_CAPS)
 _LARGE_LOGITS = 100.0
+_OF_A_DEVICE = re.compile(r"CUDA|CUBLAS|cuDNN|NCCL", re.I)
 _IS_NOISE = re.compile(r"^(?!classifier_|summary_).*(drop|jitter)")  # those are of other heads
 
 
@@ -386,7 +387,7 @@ def _said_as_unsupported(spec: JobSpec, shards: Shards | None) -> Iterator[None]
     except (RunFailed, MemoryError, OSError, *others):
         raise
     except Exception as error:  # whatever a model's own code raises
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or _OF_A_DEVICE.search(str(error)):
             raise
         raise RunFailed(
             FailureReason.MODEL_UNSUPPORTED,
@@ -415,8 +416,10 @@ class _Rotary:
 
     def reset(self) -> None:
         for module, lengths, buffers, scaling in self._kept:
-            for name, value in [*lengths.items(), *buffers.items()]:
+            for name, value in lengths.items():
                 setattr(module, name, value)
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer.clone())
             if scaling is not None:
                 module.attention_scaling = scaling
 

@@ -21,11 +21,12 @@ from sftd_worker.trainer.checkpoint import (
     config_sha,
     disk_errors,
     fixed_files,
+    fsync,
     publish,
     run_sha,
     write_checkpoint,
 )
-from sftd_worker.trainer.divergence import diverged
+from sftd_worker.trainer.divergence import diverged, last_good
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.events import Events
 from sftd_worker.trainer.model import Model
@@ -195,7 +196,7 @@ class Saver:
                 raise diverged(
                     f"after step {state.step} the weights are not finite ({broken}); they are not saved",
                     self._folder,
-                    good_through=state.step - 1,
+                    good_through=last_good(state, state.step - 1),
                 )
             files, digest = write_checkpoint(
                 stage,
@@ -242,6 +243,7 @@ class Saver:
             with disk_errors("checkpoint", leaving=self._stage):
                 clear_unfinished(self._folder)
                 self._stage.mkdir(parents=True)
+                fsync(self._folder.parent)  # the first time its entry is new
         if self._model.shards is None:
             return not self._abandoned
         return not any_rank(self._world, self._abandoned)[0]

@@ -25,6 +25,7 @@ from sftd.schemas import FailureReason, ManifestFile
 from sftd_worker.trainer.batching import Plan, make_plan, share_of_rank
 from sftd_worker.trainer.checkpoint import (
     RunState,
+    data_sha_of,
     hash_file,
     load_checkpoint,
     require_whole,
@@ -37,7 +38,7 @@ from sftd_worker.trainer.data import (
     split_by_hash,
     tokenize_file,
 )
-from sftd_worker.trainer.divergence import diverged, evaluation_has_exploded, good_through, has_exploded
+from sftd_worker.trainer.divergence import diverged, evaluation_has_exploded, has_exploded, last_good
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.evaluation import evaluate
 from sftd_worker.trainer.events import Events
@@ -123,8 +124,7 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     parameters = model.trainable()
 
     # ---- resume
-    # What decides which rows are trained on: with a server files never change, in a folder they may.
-    data_sha = training_sha + "-no-tests" * job.skip_test_translation
+    data_sha = data_sha_of(job, training_sha)
     state = RunState(data_sha=data_sha)
     if resume_from is not None:
         state = load_checkpoint(resume_from, model=model, optimizer=optimizer)
@@ -216,7 +216,7 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
                         saver,
                         world,
                         output,
-                        good_through=step - 1,
+                        good_through=last_good(state, step - 1),
                     )
 
             stop, save_and_stop = any_rank(world, signals.stop, signals.save_and_stop)
@@ -258,7 +258,7 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
                     saver,
                     world,
                     output,
-                    good_through=good_through(state),
+                    good_through=last_good(state, step - 1),
                 )
             if not math.isfinite(norm):
                 raise _diverged(
@@ -266,7 +266,7 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
                     saver,
                     world,
                     output,
-                    good_through=step,
+                    good_through=last_good(state, step),
                 )
             rate = learning_rate(spec, step, plan.total_steps)
             set_learning_rate(optimizer, rate)
@@ -308,6 +308,11 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
                 events.log(f"about {_duration(left)} left, without evaluations and checkpoints")
 
         # ---- export
+        if state.far_off_since is not None:
+            events.notice(
+                f"the loss has been far above the first one since step {state.far_off_since + 1}: look at the last steps "
+                "before you use the result"
+            )
         files: dict[str, ManifestFile] = {}
         if world.is_main or model.shards is not None:
             files = export(output, model=model, tokenizer=tokenizer, job=job, state=state)
