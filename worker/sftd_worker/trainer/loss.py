@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sftd_worker.trainer.memory import give_back_freed_memory
 from sftd_worker.trainer.precision import compute_dtype
 
 CHUNK_LOGITS = 64 * 1024 * 1024  # logits alive at once: 128 MiB in bf16, 256 MiB in fp32
@@ -19,6 +20,7 @@ _BLOCK_LOGITS = (
     2 * 1024 * 1024
 )  # on a CPU the passes over a chunk go piece by piece, each small enough for its cache
 _BLOCK_WEIGHTS = 16 * 1024 * 1024  # of the head, whose product of lower precision is made before it is added
+_LARGE_BYTES = 128 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class _PlainHead(torch.autograd.Function):
         learns_hidden, learns_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if learns_hidden else None
         grad_weight = _Sum(weight, weight.grad if adds_up else None)
+        if kind == "cpu" and learns_weight and weight.nbytes >= _LARGE_BYTES:
+            give_back_freed_memory()  # a run's memory is at its fullest here
         loss = hidden.new_zeros((), dtype=torch.float64)
         with torch.autocast(kind, enabled=False):
             states, matrix = hidden.to(dtype), _Matrix(weight, dtype)

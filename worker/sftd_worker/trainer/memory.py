@@ -58,6 +58,13 @@ def settle_host_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
+def give_back_freed_memory() -> None:
+    """Give the system what the C library holds for later steps: before something large is made on a CPU."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Is this error the device's (or the machine's) memory running out?"""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
