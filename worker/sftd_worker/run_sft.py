@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 if __name__ == "__main__":
     # Run as a file, Python puts this folder first on the path, where `files` or `process` would hide other modules.
@@ -70,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         is_main = os.environ.get("RANK", "0") == "0"
         lock = _lock(Path(job.output_dir)) if is_main else None
     except UsageError as error:
-        print(f"run_sft: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _refuse(error)
 
     from sftd_worker.trainer.imports import import_run
 
@@ -84,9 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             job, notices = _go_on(job)
         except UsageError as error:
-            print(f"run_sft: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            _refuse(error)
     run_and_end(job, signals=signals, notices=notices)
+
+
+def _refuse(error: UsageError) -> NoReturn:
+    print(f"run_sft: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def _is_finished(job: TrainerJob) -> bool:

@@ -6,6 +6,7 @@ What goes into one is in `snapshot.py`, when it is written in `saving.py`.
 """
 
 import copy
+import errno
 import hashlib
 import json
 import os
@@ -333,13 +334,18 @@ class disk_errors:  # reads as a statement: with disk_errors("…", leaving=stag
         if error is None:
             return
         shutil.rmtree(self.leaving, ignore_errors=True)
-        text = str(error)
-        if (
-            (isinstance(error, OSError) and error.errno in (28, 122))
-            or "No space left" in text
-            or "os error 28" in text
-        ):
+        if is_disk_full(error):
             raise RunFailed(FailureReason.DISK_FULL, f"{self.doing}: the disk is full") from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Is this error a full disk or a spent quota, in Python's words or in those of safetensors?"""
+    text = str(error)
+    return (
+        (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+        or "No space left" in text
+        or "os error 28" in text
+    )
 
 
 def hash_file(path: Path) -> str:

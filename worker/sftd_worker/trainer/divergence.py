@@ -2,7 +2,8 @@
 
 A loss that is not finite has diverged, and so has one above twice what the run began with or what guessing would cost:
 over a hundred supervised tokens, of one step or of several in a row, for a single answer that is wrong in the data can
-cost a sure model as much. Weights saved at a step are good when the loss that was computed from them was fine: the loss of the step after.
+cost a sure model as much. Weights saved at a step are good when the loss that was computed from them was fine: the loss
+of the step after.
 """
 
 import math

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import errno
 import os
 import sys
 import threading
@@ -17,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sftd.protocol import TRAINER_LINE, EndLine, TrainerJob
 from sftd.schemas import FailureReason
+from sftd_worker.trainer.checkpoint import is_disk_full
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.events import Events
 from sftd_worker.trainer.memory import is_out_of_memory
@@ -25,7 +25,6 @@ from sftd_worker.trainer.train import Stopped, train
 from sftd_worker.trainer.world import join_world, leave_world
 
 _TIDY_SECONDS = 10.0
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
 def run(job: TrainerJob, *, signals: Signals, notices: Sequence[str] = ()) -> EndLine:
@@ -72,8 +71,8 @@ def run(job: TrainerJob, *, signals: Signals, notices: Sequence[str] = ()) -> En
         if is_out_of_memory(error):
             words = str(error).splitlines() or [type(error).__name__]  # Python's own has none
             line = end("failed", FailureReason.OUT_OF_MEMORY, f"out of memory: {words[0]}")
-        elif isinstance(error, OSError) and error.errno in _NO_ROOM:
-            where = f" ({error.filename})" if error.filename else ""
+        elif is_disk_full(error):
+            where = f" ({name})" if (name := getattr(error, "filename", None)) else ""
             line = end(
                 "failed", FailureReason.DISK_FULL, f"the disk is full{where}; free some and start again"
             )
