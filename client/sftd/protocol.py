@@ -12,6 +12,8 @@ from sftd.schemas import FailureReason, ManifestFile, Want
 from sftd.spec import JobSpec
 
 TOKEN_HEADER = "X-Lease-Token"
+PROTOCOL = 2  # what this version speaks; workers that do not say speak 1
+OLDEST_PROTOCOL = 1  # what a server of this version still serves; older workers get 426
 MAX_POINTS = 5000  # metric points in one batch
 MAX_EVENTS = 500  # events in one batch
 MAX_LOG_LINES = 5000  # log lines in one batch
@@ -35,9 +37,15 @@ TRAINER_GO = b"go"  # the agent to a forked trainer: you are known, begin
 
 
 class Message(BaseModel):
-    """Base of all messages: unknown fields are refused, so that a mismatch of versions shows at once."""
+    """Base of what workers send: unknown fields are refused, so that a mismatch of versions shows at once."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class Reply(BaseModel):
+    """Base of what the server answers: a newer server may say more than this worker knows."""
+
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="strings")
 
 
 class Hello(Message):
@@ -49,14 +57,20 @@ class Hello(Message):
     device: Literal["cuda", "cpu"]
     labels: dict[str, str] = {}
     versions: dict[str, str] = {}
-    installation_id: str | None = None
+    installation_id: str | None = None  # of the data folder that it sees; None: it has a folder of its own
+    protocol: int = Field(1, ge=1, le=10**6)
+    replaces_boot_id: Identifier | None = None  # an earlier process of this worker that is known to be dead
+    gpu_memory_gb: float | None = Field(None, ge=0, le=10**6)  # of its smallest GPU, in GiB
+    gpu_names: list[str] = Field(default=[], max_length=1024)
 
 
-class Welcome(Message):
+class Welcome(Reply):
     """Answer to Hello."""
 
     lease_seconds: float
     installation_id: str
+    protocol: int = 1  # the server's
+    refused_means_down: bool = True  # a refused connection shows that no server runs (docs/decisions/0007)
 
 
 class Claim(Message):
@@ -68,11 +82,13 @@ class Claim(Message):
     worker_id: Identifier
     boot_id: Identifier
     request_id: Identifier
-    gpus: int = Field(ge=1, le=1024)
+    gpus: int = Field(ge=1, le=1024)  # free now
     wait_seconds: float = Field(25, ge=0, le=60)
+    protocol: int = Field(1, ge=1, le=10**6)
+    disk_free_bytes: int | None = Field(None, ge=0, lt=2**63)  # where it would write checkpoints
 
 
-class InputFile(Message):
+class InputFile(Reply):
     """A file that a job reads, pinned by its hash when the job was posted. `path` is relative to the data folder."""
 
     file_id: str
@@ -82,15 +98,17 @@ class InputFile(Message):
     path: str
 
 
-class CheckpointRef(Message):
+class CheckpointRef(Reply):
     """A checkpoint to resume from; `name` is its folder under the job's `checkpoints/`."""
 
     step: int
     name: FileName
     manifest_sha256: Sha256
+    folder: str | None = None  # of the job that wrote it, relative to the data folder; None: this job's own
+    files: dict[ArtifactPath, ManifestFile] = {}  # for a worker that must fetch it
 
 
-class BaseRef(Message):
+class BaseRef(Reply):
     """A base model that is another job's result or checkpoint. `path` is relative to the data folder."""
 
     path: str
@@ -98,7 +116,7 @@ class BaseRef(Message):
     base_model: str  # what the adapter stands on; equal to `path` where there is no adapter
 
 
-class Lease(Message):
+class Lease(Reply):
     """A job handed to a worker, for `lease_seconds` after each heartbeat."""
 
     job_id: str
@@ -123,13 +141,20 @@ class Heartbeat(Message):
     step: int = 0
     seen_want: Want = Want.RUN
     wait_seconds: float = Field(0, ge=0, le=10)
+    seen_make_room: bool = False
+    seen_draining: bool = False
+    disk_free_bytes: int | None = Field(None, ge=0, lt=2**63)
 
 
-class Directive(Message):
-    """Answer to a heartbeat: what the user wants of the job."""
+class Directive(Reply):
+    """Answer to a heartbeat: what the user wants of the job, and what the server asks of its worker."""
 
     want: Want
     lease_seconds: float
+    make_room: bool = False  # save the job and give it back: another needs its place
+    draining: bool = False  # the worker shall take no new jobs, and give this one back
+    refused_means_down: bool = True
+    next_upload_seconds: float | None = None  # the server is busy: report no more often than this
 
 
 class Point(Message):
@@ -173,7 +198,7 @@ class EventBatch(Message):
     events: list[TrainerEvent] = Field(max_length=MAX_EVENTS)
 
 
-class NextSeq(Message):
+class NextSeq(Reply):
     """Answer to a batch: the number the stream goes on with."""
 
     next_seq: int
@@ -189,6 +214,7 @@ class CheckpointReport(Message):
     files: dict[ArtifactPath, ManifestFile]
     metrics: dict[str, float] = {}
     corrupt: bool = False  # True: this recorded checkpoint does not verify any more
+    uploaded: bool = False  # its files were sent as blobs: the server puts them in their place
 
 
 class Finish(Message):
@@ -200,16 +226,22 @@ class Finish(Message):
     message: str | None = Field(None, max_length=16384)
     log_tail: list[str] = Field(default=[], max_length=200)
     files: dict[ArtifactPath, ManifestFile] = {}  # the result's manifest
+    uploaded: bool = False  # the result's files were sent as blobs
+    pause_reason: Literal["disk_low"] | None = (
+        None  # with `paused`: the worker's own reason, not the user's wish
+    )
+    needs_disk_bytes: int | None = Field(None, ge=0, lt=2**63)  # with disk_low: free space to go on
 
 
 class Release(Message):
-    """`POST /worker/jobs/{id}/release`: the worker gives the job back (it is being stopped); no failure."""
+    """`POST /worker/jobs/{id}/release`: the worker gives the job back; no failure."""
 
     attempt: int
     message: str = Field(max_length=1024)
+    reason: Literal["stopping", "preempted", "gpu_lost", "busy", "wanted_again"] = "stopping"
 
 
-class Ok(Message):
+class Ok(Reply):
     """Answer to calls that have nothing else to say."""
 
     ok: bool = True

@@ -47,6 +47,20 @@ class Want(StrEnum):
     CANCEL = "cancel"
 
 
+class PauseReason(StrEnum):
+    """Why a job is paused, or is about to be."""
+
+    USER = "user"
+    MAX_SECONDS = "max_seconds"
+    MAX_GPU_SECONDS = "max_gpu_seconds"
+    MAX_TOKENS = "max_tokens"
+    DISK_LOW = "disk_low"  # goes on by itself when there is space again
+
+    @property
+    def is_budget(self) -> bool:
+        return self in (PauseReason.MAX_SECONDS, PauseReason.MAX_GPU_SECONDS, PauseReason.MAX_TOKENS)
+
+
 class FailureReason(StrEnum):
     """Why a job failed. `REMEDIES` says in one line who can fix it and how."""
 
@@ -63,6 +77,8 @@ class FailureReason(StrEnum):
     TRAINER_ERROR = "trainer_error"
     WORKER_LOST = "worker_lost"
     WORKER_ERROR = "worker_error"
+    STALLED = "stalled"
+    DEPENDENCY_FAILED = "dependency_failed"
 
 
 REMEDIES: dict[FailureReason, str] = {
@@ -79,6 +95,8 @@ REMEDIES: dict[FailureReason, str] = {
     FailureReason.TRAINER_ERROR: "See the last lines of the log; if they do not name a mistake of yours, report it as a bug.",
     FailureReason.WORKER_LOST: "The box's owner checks the worker; it vanished again and again without a new checkpoint.",
     FailureReason.WORKER_ERROR: "The box's owner looks into the worker's log.",
+    FailureReason.STALLED: "See the stacks in the log for where it hung; retry goes on from the last checkpoint.",
+    FailureReason.DEPENDENCY_FAILED: "Mend or retry the job that this one waits for, then retry this one.",
 }
 
 
@@ -108,7 +126,14 @@ class Job(Answer):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    pause_reason: PauseReason | None = Field(None, description="Why it is paused, or about to be.")
     queue_position: int | None = Field(description="1 is next; None unless queued.")
+    why_waiting: str | None = Field(None, description="What a queued job waits for, in words.")
+    after: list[str] = Field([], description="Jobs that must have succeeded before this one runs.")
+    retry_of: str | None = Field(None, description="The job that this one tries again.")
+    clone_of: str | None = Field(None, description="The job that this one was copied from.")
+    run_seconds: float = Field(0.0, description="Time that workers have held it, over all attempts.")
+    gpu_seconds: float = Field(0.0, description="The same times its gpus.")
     estimated_finish_at: datetime | None
     attempt: int = Field(description="How often a worker has taken the job.")
     worker_id: str | None
@@ -183,7 +208,30 @@ class Checkpoint(Answer):
     bytes: int
     files: dict[str, ManifestFile]
     metrics: dict[str, float]
+    pinned: str | None = Field(None, description="The name it was pinned under: it is kept.")
     created_at: datetime
+
+
+class Attempt(Answer):
+    """One taking of a job by a worker."""
+
+    job_id: str
+    attempt: int
+    worker_id: str
+    boot_id: str
+    claimed_at: datetime
+    started_at: datetime | None = Field(description="When training began.")
+    ended_at: datetime | None = Field(description="None while it lasts.")
+    outcome: str | None = Field(
+        description="succeeded, failed, cancelled, paused, released, preempted, lost, not_started; None while it lasts."
+    )
+    reason: str | None = Field(description="Why it failed, was paused or given back.")
+    message: str | None
+    start_step: int | None = Field(
+        description="The step it went on from; -1 from scratch, None before it began."
+    )
+    gpus: int
+    gpu_seconds: float
 
 
 class Evaluation(Answer):
@@ -210,6 +258,9 @@ class Worker(Answer):
     versions: dict[str, str]
     seen_at: datetime
     job_ids: list[str]
+    gpu_memory_gb: float | None = Field(None, description="Memory of its smallest GPU, in GiB; None on CPU.")
+    draining: bool = Field(False, description="It takes no new jobs.")
+    alive: bool = Field(True, description="Heard of lately.")
 
 
 class Key(Answer):

@@ -28,6 +28,14 @@ Label = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r
 _HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$")
 JOB_REFERENCE = re.compile(r"^job:(?P<job_id>[A-Za-z0-9_-]{1,64})(@(?P<step>[0-9]{1,12}))?$")
 
+_REQUIRED_LABEL = re.compile(r"^[^\x00-\x1f\x7f=,]{1,128}(=[^\x00-\x1f\x7f,]{0,128})?$")
+
+# Fields that say when and where a job runs, not what it trains. They may be changed while it waits, and a worker that
+# does not know them can run the job all the same.
+SCHEDULING_FIELDS = frozenset(
+    {"priority", "after", "requires", "max_seconds", "max_gpu_seconds", "max_tokens", "keep_checkpoints"}
+)
+
 
 class SpecModel(BaseModel):
     """Base of everything in a spec: unknown fields are mistakes, types are taken at their word, no NaN or infinity."""
@@ -73,6 +81,38 @@ class EvaluationSpec(SpecModel):
     samples: int = Field(1, ge=1, le=1000)
     k: list[Annotated[int, Field(ge=1)]] = [1]
     max_new_tokens: int = Field(512, ge=1, le=65536)
+
+
+class RequiresSpec(SpecModel):
+    """What a worker must have to be given the job. A job that no worker can take says so in `why_waiting`."""
+
+    gpu_memory_gb: float | None = Field(
+        None, gt=0, le=4096, description="Memory that each of its GPUs must have at least, in GiB."
+    )
+    label: str | list[str] | None = Field(
+        None,
+        description="Labels that the worker must carry: `name` or `name=value`, one or a list.",
+        examples=["site=berlin"],
+    )
+    worker: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = Field(
+        None, description="The name of the one worker that may run it."
+    )
+
+    @field_validator("label")
+    @classmethod
+    def _labels_have_names(cls, value: str | list[str] | None) -> str | list[str] | None:
+        wanted = [value] if isinstance(value, str) else value or []
+        if len(wanted) > 16:
+            raise ValueError("at most 16 labels")
+        for label in wanted:
+            if not _REQUIRED_LABEL.match(label):
+                raise ValueError(f"{label[:80]!r} is not a label; write name or name=value")
+        return value
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels as a list."""
+        return [self.label] if isinstance(self.label, str) else list(self.label or [])
 
 
 class JobSpec(SpecModel):
@@ -160,6 +200,31 @@ class JobSpec(SpecModel):
         "`full` with the optimizer `adamw`, else ddp.",
     )
     priority: int = Field(0, ge=-1000, le=1000, description="Higher runs first.")
+    after: list[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]] = Field(
+        default=[], max_length=64, description="Ids of jobs that must have succeeded before this one runs."
+    )
+    requires: RequiresSpec | None = Field(None, description="What a worker must have to be given the job.")
+    max_seconds: float | None = Field(
+        None,
+        gt=0,
+        le=10**9,
+        description="Budget: the job is paused when it has run so long, over all attempts.",
+    )
+    max_gpu_seconds: float | None = Field(
+        None, gt=0, le=10**12, description="Budget: the same in seconds times gpus."
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=2**60,
+        description="Budget: the job is paused when so many tokens went through the model.",
+    )
+    keep_checkpoints: int | None = Field(
+        None,
+        ge=1,
+        le=10**6,
+        description="Keep so many of the newest checkpoints, the best and pinned ones besides. Default: the server's.",
+    )
     name: Label | None = None
     metadata: dict[
         Annotated[str, StringConstraints(min_length=1, max_length=64)],

@@ -9,17 +9,22 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     CheckConstraint,
     DateTime,
     Dialect,
     Float,
     ForeignKeyConstraint,
     Index,
+    Integer,
     UniqueConstraint,
     text,
 )
 from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
+
+# 64 bits on every database. SQLite's INTEGER has them, and only INTEGER makes a primary key count up by itself.
+Int64 = BigInteger().with_variant(Integer(), "sqlite")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -54,16 +59,16 @@ class FileRow(SQLModel, table=True):
 
     __tablename__ = "file"
 
-    number: int | None = Field(default=None, primary_key=True)
+    number: int | None = Field(default=None, primary_key=True, sa_type=Int64)
     id: str = Field(unique=True)
     owner: str
     filename: str
     purpose: str
-    bytes: int
+    bytes: int = Field(sa_type=Int64)
     sha256: str = Field(index=True)
     status: str
     format: str | None
-    num_rows: int | None
+    num_rows: int | None = Field(sa_type=Int64)
     created_at: datetime = Field(sa_type=UtcDateTime)
 
 
@@ -85,11 +90,12 @@ class JobRow(SQLModel, table=True):
             "(state in ('succeeded','failed','cancelled')) = (finished_at is not null)", name="job_finished"
         ),
         UniqueConstraint("owner", "idempotency_key"),
+        Index("job_lease_until", "lease_until"),
         Index("job_queue", "state", "priority", "queue_rank", "number"),
         {"sqlite_autoincrement": True},
     )
 
-    number: int | None = Field(default=None, primary_key=True)
+    number: int | None = Field(default=None, primary_key=True, sa_type=Int64)
     id: str = Field(unique=True)
     owner: str
     idempotency_key: str | None
@@ -97,24 +103,46 @@ class JobRow(SQLModel, table=True):
 
     # What was asked for.
     name: str | None
-    priority: int
-    gpus: int
+    priority: int = Field(sa_type=Int64)
+    gpus: int = Field(sa_type=Int64)
     base_model: str
     method: str
     spec: str  # JobSpec as JSON
     labels: dict[str, str] = Field(sa_type=JSON)  # the spec's metadata
     inputs: dict[str, Any] = Field(sa_type=JSON)  # Inputs as JSON: files pinned by hash, and the base
     created_at: datetime = Field(sa_type=UtcDateTime)
+    requires: dict[str, Any] | None = Field(
+        default=None, sa_type=JSON
+    )  # the spec's, for matching with workers
+    retry_of: str | None = None  # ids of jobs
+    clone_of: str | None = None
+    seed_job: int | None = Field(default=None, sa_type=Int64)  # begin from this job's checkpoint
+    seed_checkpoint: str | None = None  # and this one of it
+
+    # Budgets, and what has been used of them by attempts that have ended.
+    max_seconds: float | None = None
+    max_gpu_seconds: float | None = None
+    max_tokens: int | None = Field(default=None, sa_type=Int64)
+    used_seconds: float = 0.0
+    used_gpu_seconds: float = 0.0
+    expected_gpu_seconds: float = 0.0  # what the scheduler takes it to need
 
     # Where it stands.
     state: str
     want: str = "run"
+    pause_reason: str | None = None  # schemas.PauseReason
+    yield_to: str | None = None  # the job that it shall make room for
+    needs_disk_bytes: int | None = Field(
+        default=None, sa_type=Int64
+    )  # paused for want of space: goes on when there is
+    queued_at: datetime = Field(sa_type=UtcDateTime)  # since when it waits
     not_before: datetime = Field(sa_type=UtcDateTime)
-    queue_rank: int = 0  # below 0: released by a worker, goes first
-    attempt: int = 0
-    failures: int = 0
-    lost_count: int = 0
-    lost_step: int = -1  # newest checkpoint at the last loss
+    queue_rank: int = Field(default=0, sa_type=Int64)  # below 0: released by a worker, goes first
+    attempt: int = Field(default=0, sa_type=Int64)
+    failures: int = Field(default=0, sa_type=Int64)
+    lost_count: int = Field(default=0, sa_type=Int64)
+    lost_step: int = Field(default=-1, sa_type=Int64)  # newest checkpoint at the last loss
+    stalls: int = Field(default=0, sa_type=Int64)  # how often it hung
     started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     finished_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
@@ -125,10 +153,10 @@ class JobRow(SQLModel, table=True):
     worker_id: str | None = None
 
     # How far it is.
-    step: int = 0
-    total_steps: int | None = None
+    step: int = Field(default=0, sa_type=Int64)
+    total_steps: int | None = Field(default=None, sa_type=Int64)
     loss: float | None = None
-    tokens_seen: int = 0
+    tokens_seen: int = Field(default=0, sa_type=Int64)
     tokens_per_second: float | None = None
 
     # How it ended.
@@ -148,8 +176,8 @@ class AttemptRow(SQLModel, table=True):
         {"sqlite_with_rowid": False},
     )
 
-    job: int = Field(primary_key=True)
-    attempt: int = Field(primary_key=True)
+    job: int = Field(primary_key=True, sa_type=Int64)
+    attempt: int = Field(primary_key=True, sa_type=Int64)
     worker_id: str
     boot_id: str
     request_id: str
@@ -157,7 +185,29 @@ class AttemptRow(SQLModel, table=True):
     claimed_at: datetime = Field(sa_type=UtcDateTime)
     ended_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     outcome: str | None = None
-    start_step: int | None = None  # -1: from scratch; metrics after it are this attempt's
+    start_step: int | None = Field(
+        default=None, sa_type=Int64
+    )  # -1: from scratch; metrics after it are this attempt's
+    started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    gpus: int = Field(default=1, sa_type=Int64)
+    protocol: int = Field(default=1, sa_type=Int64)  # what its worker speaks
+    reason: str | None = None  # why it failed, was paused or given back
+    message: str | None = None
+
+
+class DependencyRow(SQLModel, table=True):
+    """`job` may run only when `needs` has succeeded."""
+
+    __tablename__ = "dependency"
+    __table_args__ = (
+        ForeignKeyConstraint(["job"], ["job.number"], ondelete="CASCADE"),
+        ForeignKeyConstraint(["needs"], ["job.number"], ondelete="CASCADE"),
+        Index("dependency_needs", "needs"),
+        {"sqlite_with_rowid": False},
+    )
+
+    job: int = Field(primary_key=True, sa_type=Int64)
+    needs: int = Field(primary_key=True, sa_type=Int64)
 
 
 class StreamRow(SQLModel, table=True):
@@ -169,10 +219,10 @@ class StreamRow(SQLModel, table=True):
         {"sqlite_with_rowid": False},
     )
 
-    job: int = Field(primary_key=True)
-    attempt: int = Field(primary_key=True)
+    job: int = Field(primary_key=True, sa_type=Int64)
+    attempt: int = Field(primary_key=True, sa_type=Int64)
     kind: str = Field(primary_key=True)
-    next_seq: int = 0
+    next_seq: int = Field(default=0, sa_type=Int64)
 
 
 class MetricNameRow(SQLModel, table=True):
@@ -180,7 +230,7 @@ class MetricNameRow(SQLModel, table=True):
 
     __tablename__ = "metric_name"
 
-    id: int | None = Field(default=None, primary_key=True)
+    id: int | None = Field(default=None, primary_key=True, sa_type=Int64)
     name: str = Field(unique=True)
 
 
@@ -194,8 +244,8 @@ class JobMetricRow(SQLModel, table=True):
         {"sqlite_with_rowid": False},
     )
 
-    job: int = Field(primary_key=True)
-    name_id: int = Field(primary_key=True)
+    job: int = Field(primary_key=True, sa_type=Int64)
+    name_id: int = Field(primary_key=True, sa_type=Int64)
 
 
 class MetricRow(SQLModel, table=True):
@@ -207,10 +257,10 @@ class MetricRow(SQLModel, table=True):
         {"sqlite_with_rowid": False},
     )
 
-    job: int = Field(primary_key=True)
-    name_id: int = Field(primary_key=True)
-    step: int = Field(primary_key=True)
-    attempt: int = Field(primary_key=True)
+    job: int = Field(primary_key=True, sa_type=Int64)
+    name_id: int = Field(primary_key=True, sa_type=Int64)
+    step: int = Field(primary_key=True, sa_type=Int64)
+    attempt: int = Field(primary_key=True, sa_type=Int64)
     value: float | None = Field(sa_type=Float)
 
 
@@ -224,9 +274,9 @@ class LogLineRow(SQLModel, table=True):
         {"sqlite_autoincrement": True},
     )
 
-    id: int | None = Field(default=None, primary_key=True)
-    job: int
-    attempt: int
+    id: int | None = Field(default=None, primary_key=True, sa_type=Int64)
+    job: int = Field(sa_type=Int64)
+    attempt: int = Field(sa_type=Int64)
     text: str
     created_at: datetime = Field(sa_type=UtcDateTime)
 
@@ -244,13 +294,14 @@ class EventRow(SQLModel, table=True):
             "job",
             unique=True,
             sqlite_where=text("type in ('succeeded','failed','cancelled')"),
+            postgresql_where=text("type in ('succeeded','failed','cancelled')"),
         ),
         {"sqlite_autoincrement": True},
     )
 
-    id: int | None = Field(default=None, primary_key=True)
-    job: int
-    attempt: int
+    id: int | None = Field(default=None, primary_key=True, sa_type=Int64)
+    job: int = Field(sa_type=Int64)
+    attempt: int = Field(sa_type=Int64)
     type: str
     message: str
     data: dict[str, Any] = Field(default={}, sa_type=JSON)
@@ -266,14 +317,19 @@ class CheckpointRow(SQLModel, table=True):
         Index("checkpoint_step", "job", "step"),
     )
 
-    job: int = Field(primary_key=True)
+    job: int = Field(primary_key=True, sa_type=Int64)
     name: str = Field(primary_key=True)
-    step: int
-    attempt: int
+    step: int = Field(sa_type=Int64)
+    attempt: int = Field(sa_type=Int64)
     manifest_sha256: str
     files: dict[str, Any] = Field(sa_type=JSON)
     metrics: dict[str, float] = Field(sa_type=JSON)
     corrupt: bool = False
+    pinned: str | None = None  # kept under this name
+    deleted_at: datetime | None = Field(default=None, sa_type=UtcDateTime)  # its files are gone, or going
+    mirrored_at: datetime | None = Field(
+        default=None, sa_type=UtcDateTime
+    )  # its files are in the artifact store
     created_at: datetime = Field(sa_type=UtcDateTime)
 
 
@@ -283,26 +339,74 @@ class EvaluationRow(SQLModel, table=True):
     __tablename__ = "evaluation"
     __table_args__ = (ForeignKeyConstraint(["job"], ["job.number"], ondelete="CASCADE"),)
 
-    job: int = Field(primary_key=True)
-    step: int = Field(primary_key=True)
-    attempt: int = Field(primary_key=True)
+    job: int = Field(primary_key=True, sa_type=Int64)
+    step: int = Field(primary_key=True, sa_type=Int64)
+    attempt: int = Field(primary_key=True, sa_type=Int64)
     eval_loss: float | None
     perplexity: float | None
     token_accuracy: float | None
-    num_tokens: int
+    num_tokens: int = Field(sa_type=Int64)
     created_at: datetime = Field(sa_type=UtcDateTime)
 
 
 class WorkerRow(SQLModel, table=True):
-    """A worker that has registered."""
+    """A process of a worker that has registered."""
 
     __tablename__ = "worker"
 
     id: str = Field(primary_key=True)
-    boot_id: str
-    gpus: int
+    boot_id: str = Field(primary_key=True)
+    gpus: int = Field(sa_type=Int64)
     device: str
     labels: dict[str, str] = Field(sa_type=JSON)
     versions: dict[str, str] = Field(sa_type=JSON)
     registered_at: datetime = Field(sa_type=UtcDateTime)
     seen_at: datetime = Field(sa_type=UtcDateTime)
+    protocol: int = Field(default=1, sa_type=Int64)
+    gpu_memory_gb: float | None = None
+    gpu_names: list[str] = Field(default=[], sa_type=JSON)
+    shares_data: bool = True  # it sees the server's data folder
+    draining: bool = False  # it shall take no new jobs
+    gone_at: datetime | None = Field(default=None, sa_type=UtcDateTime)  # it is known to be dead
+    free_gpus: int | None = Field(default=None, sa_type=Int64)  # when it last asked for a job
+    disk_free_bytes: int | None = Field(default=None, sa_type=Int64)
+
+
+class UsageRow(SQLModel, table=True):
+    """GPU-seconds that an owner's ended attempts have used; halved every half-life after `as_of`."""
+
+    __tablename__ = "usage"
+
+    owner: str = Field(primary_key=True)
+    gpu_seconds: float
+    as_of: datetime = Field(sa_type=UtcDateTime)
+
+
+class ServerRow(SQLModel, table=True):
+    """A server process on this database."""
+
+    __tablename__ = "server"
+
+    id: str = Field(primary_key=True)
+    version: str
+    started_at: datetime = Field(sa_type=UtcDateTime)
+    seen_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class FactRow(SQLModel, table=True):
+    """What all servers of this installation share: its id, the secret that lease tokens are derived from."""
+
+    __tablename__ = "fact"
+
+    name: str = Field(primary_key=True)
+    value: str
+
+
+class StoredRow(SQLModel, table=True):
+    """A blob that is whole in the artifact store."""
+
+    __tablename__ = "stored"
+
+    sha256: str = Field(primary_key=True)
+    bytes: int = Field(sa_type=Int64)
+    created_at: datetime = Field(sa_type=UtcDateTime)

@@ -100,7 +100,12 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
         inputs=submission.inputs.model_dump(mode="json"),
         created_at=now,
         state=JobState.QUEUED,
+        queued_at=now,
         not_before=now,
+        requires=spec.requires.model_dump(mode="json") if spec.requires else None,
+        max_seconds=spec.max_seconds,
+        max_gpu_seconds=spec.max_gpu_seconds,
+        max_tokens=spec.max_tokens,
     )
     session.add(row)
     session.flush()
@@ -217,13 +222,14 @@ def move(
     values: dict[str, Any] | None = None,  # columns to set besides
     lost_too_often: bool = False,
     may_retry: bool = False,
+    makes_room: bool = False,
     outcome: str | None = None,
 ) -> JobState | None:
     """Carry out a row of the state table; None where there is none for this, or the job has changed meanwhile.
 
     `notes` become events. `outcome` is what the attempt is said to have ended with.
     """
-    facts = Facts(Want(row.want), lost_too_often=lost_too_often, may_retry=may_retry)
+    facts = Facts(Want(row.want), lost_too_often=lost_too_often, may_retry=may_retry, makes_room=makes_room)
     to = next_state(JobState(row.state), trigger, facts)
     if to is None:
         return None

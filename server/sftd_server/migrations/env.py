@@ -13,6 +13,8 @@ def _plain_types(kind: str, item: object, context: object) -> str | Literal[Fals
     """A released migration stands for itself: it names SQL types, not classes of ours."""
     if kind == "type" and isinstance(item, tables.UtcDateTime):
         return "sa.DateTime()"
+    if item is tables.Int64:
+        return "INT64"
     if kind == "type" and isinstance(item, AutoString):
         return "sa.String()"
     return False

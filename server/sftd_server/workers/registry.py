@@ -24,7 +24,8 @@ def check_installation(hello: Hello, installation_id: str) -> None:
 
 def register(session: Session, *, hello: Hello, now: datetime) -> None:
     """Remember a worker, or what is new about it."""
-    known = session.exec(select(WorkerRow.registered_at).where(WorkerRow.id == hello.worker_id)).first()
+    here = (WorkerRow.id == hello.worker_id, WorkerRow.boot_id == hello.boot_id)
+    known = session.exec(select(WorkerRow.registered_at).where(*here)).first()
     session.merge(
         WorkerRow(
             id=hello.worker_id,
@@ -35,6 +36,10 @@ def register(session: Session, *, hello: Hello, now: datetime) -> None:
             versions=hello.versions,
             registered_at=known or now,
             seen_at=now,
+            protocol=hello.protocol,
+            gpu_memory_gb=hello.gpu_memory_gb,
+            gpu_names=hello.gpu_names,
+            shares_data=hello.installation_id is not None or hello.protocol == 1,
         )
     )
 

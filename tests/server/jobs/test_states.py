@@ -29,7 +29,9 @@ EXPECTED: dict[tuple[str, str, str], str] = {
     **{(s, "finish_succeeded", want): "succeeded" for s in LEASED for want in BACK},
     **{(s, "finish_failed", want): "failed" for s in LEASED for want in BACK},
     **{(s, "finish_cancelled", "cancel"): "cancelled" for s in LEASED},
+    **{("queued", "dependency_failed", want): "failed" for want in BACK},
     **{(s, "finish_paused", "pause"): "paused" for s in LEASED},
+    **{(s, "hold", want): to for s in LEASED for want, to in {**BACK, "run": "paused"}.items()},
     **{(s, "finish_paused", "cancel"): "cancelled" for s in LEASED},
 }
 
@@ -55,6 +57,11 @@ def test_a_failure_that_may_be_retried_queues_the_job_only_while_its_user_wants_
         facts = Facts(Want(want), may_retry=True)
 
         assert next_state(JobState(state), Trigger.FINISH_FAILED, facts) == to
+
+
+@pytest.mark.parametrize("state", ("claimed", "running"))
+def test_a_job_that_shall_make_room_is_stopping_once_its_worker_is_told(state: str) -> None:
+    assert next_state(JobState(state), Trigger.TELL, Facts(makes_room=True)) == "stopping"
 
 
 def test_terminal_states_never_change() -> None:

@@ -21,7 +21,7 @@ import torch
 
 from sftd.protocol import TrainerJob
 from sftd.schemas import FailureReason, ManifestFile
-from sftd.spec import JobSpec
+from sftd.spec import SCHEDULING_FIELDS, JobSpec
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.model import Model
 from sftd_worker.trainer.optim import names_by_shape, names_in_order
@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
 ADAPTER = "adapter_model.safetensors"
 # Fields that change nothing about the numbers of a run.
-_NOT_THE_RUN = {"name", "metadata", "priority", "wandb", "save_steps", "logging_steps"}
+_NOT_THE_RUN = {"name", "metadata", "wandb", "save_steps", "logging_steps"} | SCHEDULING_FIELDS
 # Fields that spread the rows of a step over devices and micro-batches.
 _HOW_SPREAD = {"batch_size", "gradient_accumulation_steps", "gpus", "sharding", "max_tokens_per_step"}
 # Fields that came after the first checkpoints were written: at their defaults they are left out of the hash, so that

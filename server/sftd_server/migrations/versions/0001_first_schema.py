@@ -8,20 +8,23 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+# SQLite's INTEGER has 64 bits, and only INTEGER makes a primary key count up by itself.
+INT64 = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
 
 def upgrade() -> None:
     op.create_table(
         "file",
-        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("number", INT64, nullable=False),
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("owner", sa.String(), nullable=False),
         sa.Column("filename", sa.String(), nullable=False),
         sa.Column("purpose", sa.String(), nullable=False),
-        sa.Column("bytes", sa.Integer(), nullable=False),
+        sa.Column("bytes", INT64, nullable=False),
         sa.Column("sha256", sa.String(), nullable=False),
         sa.Column("status", sa.String(), nullable=False),
         sa.Column("format", sa.String(), nullable=True),
-        sa.Column("num_rows", sa.Integer(), nullable=True),
+        sa.Column("num_rows", INT64, nullable=True),
         sa.Column("created_at", sa.DateTime(), nullable=False),
         sa.PrimaryKeyConstraint("number"),
         sa.UniqueConstraint("id"),
@@ -31,14 +34,14 @@ def upgrade() -> None:
 
     op.create_table(
         "job",
-        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("number", INT64, nullable=False),
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("owner", sa.String(), nullable=False),
         sa.Column("idempotency_key", sa.String(), nullable=True),
         sa.Column("body_sha256", sa.String(), nullable=False),
         sa.Column("name", sa.String(), nullable=True),
-        sa.Column("priority", sa.Integer(), nullable=False),
-        sa.Column("gpus", sa.Integer(), nullable=False),
+        sa.Column("priority", INT64, nullable=False),
+        sa.Column("gpus", INT64, nullable=False),
         sa.Column("base_model", sa.String(), nullable=False),
         sa.Column("method", sa.String(), nullable=False),
         sa.Column("spec", sa.String(), nullable=False),
@@ -48,21 +51,21 @@ def upgrade() -> None:
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("want", sa.String(), nullable=False),
         sa.Column("not_before", sa.DateTime(), nullable=False),
-        sa.Column("queue_rank", sa.Integer(), nullable=False),
-        sa.Column("attempt", sa.Integer(), nullable=False),
-        sa.Column("failures", sa.Integer(), nullable=False),
-        sa.Column("lost_count", sa.Integer(), nullable=False),
-        sa.Column("lost_step", sa.Integer(), nullable=False),
+        sa.Column("queue_rank", INT64, nullable=False),
+        sa.Column("attempt", INT64, nullable=False),
+        sa.Column("failures", INT64, nullable=False),
+        sa.Column("lost_count", INT64, nullable=False),
+        sa.Column("lost_step", INT64, nullable=False),
         sa.Column("started_at", sa.DateTime(), nullable=True),
         sa.Column("finished_at", sa.DateTime(), nullable=True),
         sa.Column("token_sha256", sa.String(), nullable=True),
         sa.Column("lease_until", sa.DateTime(), nullable=True),
         sa.Column("start_by", sa.DateTime(), nullable=True),
         sa.Column("worker_id", sa.String(), nullable=True),
-        sa.Column("step", sa.Integer(), nullable=False),
-        sa.Column("total_steps", sa.Integer(), nullable=True),
+        sa.Column("step", INT64, nullable=False),
+        sa.Column("total_steps", INT64, nullable=True),
         sa.Column("loss", sa.Float(), nullable=True),
-        sa.Column("tokens_seen", sa.Integer(), nullable=False),
+        sa.Column("tokens_seen", INT64, nullable=False),
         sa.Column("tokens_per_second", sa.Float(), nullable=True),
         sa.Column("failure_reason", sa.String(), nullable=True),
         sa.Column("failure_message", sa.String(), nullable=True),
@@ -103,7 +106,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "metric_name",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", INT64, nullable=False),
         sa.Column("name", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("name"),
@@ -112,7 +115,7 @@ def upgrade() -> None:
         "worker",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("boot_id", sa.String(), nullable=False),
-        sa.Column("gpus", sa.Integer(), nullable=False),
+        sa.Column("gpus", INT64, nullable=False),
         sa.Column("device", sa.String(), nullable=False),
         sa.Column("labels", sa.JSON(), nullable=False),
         sa.Column("versions", sa.JSON(), nullable=False),
@@ -122,8 +125,8 @@ def upgrade() -> None:
     )
     op.create_table(
         "attempt",
-        sa.Column("job", sa.Integer(), nullable=False),
-        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("job", INT64, nullable=False),
+        sa.Column("attempt", INT64, nullable=False),
         sa.Column("worker_id", sa.String(), nullable=False),
         sa.Column("boot_id", sa.String(), nullable=False),
         sa.Column("request_id", sa.String(), nullable=False),
@@ -131,7 +134,7 @@ def upgrade() -> None:
         sa.Column("claimed_at", sa.DateTime(), nullable=False),
         sa.Column("ended_at", sa.DateTime(), nullable=True),
         sa.Column("outcome", sa.String(), nullable=True),
-        sa.Column("start_step", sa.Integer(), nullable=True),
+        sa.Column("start_step", INT64, nullable=True),
         sa.ForeignKeyConstraint(["job"], ["job.number"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job", "attempt"),
         sa.UniqueConstraint("worker_id", "request_id"),
@@ -139,10 +142,10 @@ def upgrade() -> None:
     )
     op.create_table(
         "checkpoint",
-        sa.Column("job", sa.Integer(), nullable=False),
+        sa.Column("job", INT64, nullable=False),
         sa.Column("name", sa.String(), nullable=False),
-        sa.Column("step", sa.Integer(), nullable=False),
-        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("step", INT64, nullable=False),
+        sa.Column("attempt", INT64, nullable=False),
         sa.Column("manifest_sha256", sa.String(), nullable=False),
         sa.Column("files", sa.JSON(), nullable=False),
         sa.Column("metrics", sa.JSON(), nullable=False),
@@ -156,22 +159,22 @@ def upgrade() -> None:
 
     op.create_table(
         "evaluation",
-        sa.Column("job", sa.Integer(), nullable=False),
-        sa.Column("step", sa.Integer(), nullable=False),
-        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("job", INT64, nullable=False),
+        sa.Column("step", INT64, nullable=False),
+        sa.Column("attempt", INT64, nullable=False),
         sa.Column("eval_loss", sa.Float(), nullable=True),
         sa.Column("perplexity", sa.Float(), nullable=True),
         sa.Column("token_accuracy", sa.Float(), nullable=True),
-        sa.Column("num_tokens", sa.Integer(), nullable=False),
+        sa.Column("num_tokens", INT64, nullable=False),
         sa.Column("created_at", sa.DateTime(), nullable=False),
         sa.ForeignKeyConstraint(["job"], ["job.number"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job", "step", "attempt"),
     )
     op.create_table(
         "event",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("job", sa.Integer(), nullable=False),
-        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("id", INT64, nullable=False),
+        sa.Column("job", INT64, nullable=False),
+        sa.Column("attempt", INT64, nullable=False),
         sa.Column("type", sa.String(), nullable=False),
         sa.Column("message", sa.String(), nullable=False),
         sa.Column("data", sa.JSON(), nullable=False),
@@ -187,12 +190,13 @@ def upgrade() -> None:
             ["job"],
             unique=True,
             sqlite_where=sa.text("type in ('succeeded','failed','cancelled')"),
+            postgresql_where=sa.text("type in ('succeeded','failed','cancelled')"),
         )
 
     op.create_table(
         "job_metric",
-        sa.Column("job", sa.Integer(), nullable=False),
-        sa.Column("name_id", sa.Integer(), nullable=False),
+        sa.Column("job", INT64, nullable=False),
+        sa.Column("name_id", INT64, nullable=False),
         sa.ForeignKeyConstraint(["job"], ["job.number"], ondelete="CASCADE"),
         sa.ForeignKeyConstraint(
             ["name_id"],
@@ -203,9 +207,9 @@ def upgrade() -> None:
     )
     op.create_table(
         "log_line",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("job", sa.Integer(), nullable=False),
-        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("id", INT64, nullable=False),
+        sa.Column("job", INT64, nullable=False),
+        sa.Column("attempt", INT64, nullable=False),
         sa.Column("text", sa.String(), nullable=False),
         sa.Column("created_at", sa.DateTime(), nullable=False),
         sa.ForeignKeyConstraint(["job"], ["job.number"], ondelete="CASCADE"),
@@ -217,10 +221,10 @@ def upgrade() -> None:
 
     op.create_table(
         "metric",
-        sa.Column("job", sa.Integer(), nullable=False),
-        sa.Column("name_id", sa.Integer(), nullable=False),
-        sa.Column("step", sa.Integer(), nullable=False),
-        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("job", INT64, nullable=False),
+        sa.Column("name_id", INT64, nullable=False),
+        sa.Column("step", INT64, nullable=False),
+        sa.Column("attempt", INT64, nullable=False),
         sa.Column("value", sa.Float(), nullable=True),
         sa.ForeignKeyConstraint(["job"], ["job.number"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job", "name_id", "step", "attempt"),
@@ -228,10 +232,10 @@ def upgrade() -> None:
     )
     op.create_table(
         "stream",
-        sa.Column("job", sa.Integer(), nullable=False),
-        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("job", INT64, nullable=False),
+        sa.Column("attempt", INT64, nullable=False),
         sa.Column("kind", sa.String(), nullable=False),
-        sa.Column("next_seq", sa.Integer(), nullable=False),
+        sa.Column("next_seq", INT64, nullable=False),
         sa.ForeignKeyConstraint(["job"], ["job.number"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job", "attempt", "kind"),
         sqlite_with_rowid=False,
