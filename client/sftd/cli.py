@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -25,6 +25,7 @@ from sftd.errors import (
     WaitTimeout,
 )
 from sftd.output import (
+    duration,
     facts,
     number,
     pairs,
@@ -38,7 +39,7 @@ from sftd.output import (
     when,
 )
 from sftd.rows import RowsInvalid, check_file
-from sftd.schemas import Event, Job
+from sftd.schemas import Event, Job, Worker
 from sftd.specfile import read_spec, set_field, upload_files
 from sftd.watch import watch
 
@@ -52,6 +53,11 @@ keys = typer.Typer(help="Access keys (administrators only).", no_args_is_help=Tr
 app.add_typer(keys, name="keys")
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of the job.")]
+WorkerId = Annotated[str, typer.Argument(metavar="ID", help="Name of the worker.")]
+Step = Annotated[int, typer.Argument(min=0, help="Step of the checkpoint.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field; may be repeated.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over.")]
 
@@ -132,9 +138,7 @@ def submit(
     spec: Annotated[
         Path, typer.Argument(metavar="SPEC.yaml", help="The job spec; docs/job-spec.md lists the fields.")
     ],
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field; may be repeated.")
-    ] = None,
+    assignments: Assignments = None,
     follow: Follow = False,
 ) -> None:
     """Post a job and print its id. Data files that lie here are uploaded first."""
@@ -143,10 +147,7 @@ def submit(
         set_field(fields, assignment)
     with Client() as client:
         upload_files(fields, folder=spec.parent, upload=lambda path: _upload(client, path))
-        job = client.jobs.create(spec=fields)
-        print(job.id, flush=True)
-        if follow:
-            _watch(client, job.id, logs=True)
+        _posted(client, client.jobs.create(spec=fields), follow=follow)
 
 
 @app.command("ls")
@@ -188,6 +189,11 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
         "id": job.id,
         "name": job.name,
         "state": f"{job.state}" + (f", {job.queue_position} in line" if job.queue_position else ""),
+        "waits": job.why_waiting,
+        "paused by": job.pause_reason,
+        "after": ", ".join(job.after) or None,
+        "retry of": job.retry_of,
+        "clone of": job.clone_of,
         "base model": f"{job.base_model} ({job.method})",
         "progress": f"{job.progress:.0%}  {facts(job)}" if job.attempt else None,
         "owner": job.owner,
@@ -196,6 +202,7 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
         "finished": job.finished_at and when(job.finished_at),
         "attempt": job.attempt or None,
         "worker": job.worker_id,
+        "GPU time": duration(job.gpu_seconds) if job.attempt else None,
         "folder": job.folder,
         "metadata": ", ".join(f"{name}={value}" for name, value in job.metadata.items()) or None,
         "failure": job.failure and f"{job.failure.reason}: {job.failure.message}",
@@ -241,14 +248,114 @@ def resume(job_id: JobId) -> None:
         _say_state(client.jobs.resume(job_id))
 
 
+@app.command()
+def retry(
+    job_id: JobId,
+    scratch: Annotated[bool, typer.Option("--scratch", help="Begin anew, not from a checkpoint.")] = False,
+    step: Annotated[int | None, typer.Option(min=0, help="Go on from the checkpoint of this step.")] = None,
+    follow: Follow = False,
+) -> None:
+    """Try a job that is over again, as a new job, and print its id."""
+    if scratch and step is not None:
+        raise ConfigurationError("--scratch stands beside --step; give one of the two.")
+    with Client() as client:
+        job = client.jobs.retry(job_id, start="scratch" if scratch else "checkpoint", step=step)
+        _posted(client, job, follow=follow)
+
+
+@app.command()
+def clone(job_id: JobId, assignments: Assignments = None, follow: Follow = False) -> None:
+    """Post a job with the same spec but for what --set changes, and print its id."""
+    with Client() as client:
+        fields = _assigned(client, job_id, assignments)
+        _posted(client, client.jobs.clone(job_id, **fields), follow=follow)
+
+
+@app.command()
+def change(job_id: JobId, assignments: Assignments = None) -> None:
+    """Change when and where a job runs, or what it is called: --set max_seconds=3600, --set name=try."""
+    if not assignments:
+        raise ConfigurationError("Nothing to change; give --set KEY=VALUE.")
+    with Client() as client:
+        client.jobs.update(job_id, **_assigned(client, job_id, assignments))
+    say(f"{job_id} is changed")
+
+
+@app.command()
+def priority(
+    job_id: JobId,
+    value: Annotated[int, typer.Argument(metavar="PRIORITY", help="Higher runs first; the default is 0.")],
+) -> None:
+    """Change a job's priority."""
+    with Client() as client:
+        _say_state(client.jobs.update(job_id, priority=value))
+
+
+@app.command()
+def move(
+    job_id: JobId,
+    first: Annotated[bool, typer.Option("--first", help="Before all others of its priority.")] = False,
+    last: Annotated[bool, typer.Option("--last", help="Behind all others of its priority.")] = False,
+    before: Annotated[str | None, typer.Option(metavar="ID", help="Before this job.")] = None,
+    after: Annotated[str | None, typer.Option(metavar="ID", help="Behind this job.")] = None,
+) -> None:
+    """Put a queued job elsewhere among those of its priority."""
+    if sum((first, last, before is not None, after is not None)) != 1:
+        raise ConfigurationError("Give one of --first, --last, --before ID and --after ID.")
+    position: Literal["first", "last"] | None = "first" if first else "last" if last else None
+    with Client() as client:
+        _say_state(client.jobs.move(job_id, position=position, before=before, after=after))
+
+
+@app.command()
+def delete(
+    job_id: JobId,
+    keep_files: Annotated[bool, typer.Option("--keep-files", help="Leave its folder where it is.")] = False,
+) -> None:
+    """Delete a job that is over, paused or queued, with all it made."""
+    with Client() as client:
+        client.jobs.delete(job_id, keep_files=keep_files)
+    say(f"{job_id} is deleted")
+
+
 # ---------------------------------------------------------------- what a job tells
 
 
 @app.command()
-def logs(job_id: JobId, follow: Follow = False) -> None:
+def attempts(job_id: JobId, as_json: AsJson = False) -> None:
+    """List how often a worker has taken a job, and how each attempt ended."""
+    with Client() as client:
+        found = list(client.jobs.attempts(job_id))
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (
+            str(attempt.attempt),
+            attempt.worker_id,
+            when(attempt.claimed_at),
+            when(attempt.ended_at) if attempt.ended_at else "",
+            duration(attempt.gpu_seconds),
+            " ".join(word for word in (attempt.outcome or "goes on", attempt.reason) if word),
+            attempt.message or "",
+        )
+        for attempt in found
+    ]
+    print_table(("ATTEMPT", "WORKER", "CLAIMED", "ENDED", "GPU TIME", "OUTCOME", "MESSAGE"), rows)
+
+
+@app.command()
+def logs(
+    job_id: JobId,
+    follow: Follow = False,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Only of this attempt.")] = None,
+) -> None:
     """Print a job's log."""
+    if follow and attempt is not None:
+        raise ConfigurationError("--follow stands beside --attempt; give one of the two.")
     with Client() as client, _leaving(job_id):
-        for line in client.jobs.follow(job_id) if follow else client.jobs.logs(job_id):
+        lines = client.jobs.follow(job_id) if follow else client.jobs.logs(job_id, attempt=attempt)
+        for line in lines:
             print(printable(line.text), flush=follow)
 
 
@@ -295,6 +402,38 @@ def get(
     say(f"{len(files)} files in {folder}")
 
 
+@app.command()
+def checkpoints(job_id: JobId, as_json: AsJson = False) -> None:
+    """List a job's checkpoints."""
+    with Client() as client:
+        found = list(client.jobs.checkpoints(job_id))
+    if as_json:
+        print_json(found)
+        return
+    rows = [(str(c.step), str(c.attempt), f"{c.bytes:,}", when(c.created_at), c.pinned or "") for c in found]
+    print_table(("STEP", "ATTEMPT", "BYTES", "SAVED", "PINNED AS"), rows)
+
+
+@app.command()
+def pin(
+    job_id: JobId,
+    step: Step,
+    name: Annotated[str, typer.Argument(help="The name to keep it under.")],
+) -> None:
+    """Keep a checkpoint, whatever the server's rules for old ones."""
+    with Client() as client:
+        client.jobs.pin(job_id, step, name=name)
+    say(f"the checkpoint of step {step} is kept as {name}")
+
+
+@app.command()
+def unpin(job_id: JobId, step: Step) -> None:
+    """Let a checkpoint be removed like any other again."""
+    with Client() as client:
+        client.jobs.unpin(job_id, step)
+    say(f"the checkpoint of step {step} is not pinned any more")
+
+
 # ---------------------------------------------------------------- administration
 
 
@@ -307,9 +446,34 @@ def workers(as_json: AsJson = False) -> None:
         print_json(found)
         return
     rows = [
-        (w.id, w.device, str(w.gpus), when(w.seen_at), ", ".join(w.job_ids), pairs(w.labels)) for w in found
+        (
+            w.id,
+            w.device,
+            str(w.gpus),
+            _worker_state(w),
+            when(w.seen_at),
+            ", ".join(w.job_ids),
+            pairs(w.labels),
+        )
+        for w in found
     ]
-    print_table(("ID", "DEVICE", "SLOTS", "SEEN", "JOBS", "LABELS"), rows)
+    print_table(("ID", "DEVICE", "SLOTS", "STATE", "SEEN", "JOBS", "LABELS"), rows)
+
+
+@app.command()
+def drain(worker_id: WorkerId) -> None:
+    """Let a worker take no new jobs and give back those it runs (administrators only)."""
+    with Client() as client:
+        held = [job_id for worker in client.workers.drain(worker_id) for job_id in worker.job_ids]
+    say(f"{worker_id} drains" + (f"; it still holds {', '.join(held)}" if held else ""))
+
+
+@app.command()
+def undrain(worker_id: WorkerId) -> None:
+    """Let a worker take jobs again (administrators only)."""
+    with Client() as client:
+        client.workers.undrain(worker_id)
+    say(f"{worker_id} takes jobs again")
 
 
 @keys.command("add")
@@ -385,6 +549,31 @@ def _upload(client: Client, path: Path, *, purpose: str = "fine-tune") -> str:
     rows = f", {file.num_rows:,} rows" if file.num_rows is not None else ""
     say(f"{path} uploaded as {file.id}{rows}")
     return file.id
+
+
+def _assigned(client: Client, job_id: str, assignments: list[str] | None) -> dict[str, Any]:
+    """The top-level fields that --set changes, whole: `lora.rank=8` changes the job's own lora."""
+    spec = client.jobs.retrieve(job_id).spec.model_dump(mode="json")
+    names: dict[str, None] = {}
+    for assignment in assignments or []:
+        set_field(spec, assignment)
+        names[assignment.partition("=")[0].split(".")[0].strip()] = None
+    return {name: spec.get(name) for name in names}
+
+
+def _posted(client: Client, job: Job, *, follow: bool) -> None:
+    """A new job: its id, what stands in its way, and then its log where that is asked for."""
+    print(job.id, flush=True)
+    if job.why_waiting and "no registered worker" in job.why_waiting:
+        say(f"{job.id}: {job.why_waiting}")
+    if follow:
+        _watch(client, job.id, logs=True)
+
+
+def _worker_state(worker: Worker) -> str:
+    if not worker.alive:
+        return "silent"
+    return "draining" if worker.draining else "there"
 
 
 def _say_state(job: Job) -> None:

@@ -9,6 +9,7 @@ client.jobs.wait(job.id)
 client.jobs.download(job.id, "result")
 """
 
+import builtins
 from collections.abc import Iterator
 from typing import Literal, Self
 from urllib.parse import quote
@@ -18,7 +19,7 @@ from sftd.discovery import find_address
 from sftd.files import Files
 from sftd.jobs import Jobs
 from sftd.paging import pages
-from sftd.schemas import Key, KeyRequest, NewKey, Worker
+from sftd.schemas import Key, KeyRequest, NewKey, Page, Worker
 
 
 class Client:
@@ -92,5 +93,18 @@ class Workers:
         self._transport = transport
 
     def list(self) -> Iterator[Worker]:
-        """All workers, with the jobs they hold."""
+        """All worker processes, the newest first, with the jobs they hold."""
         return pages(self._transport, "/workers", Worker)
+
+    def drain(self, worker_id: str) -> builtins.list[Worker]:
+        """Let a worker take no new jobs and give back those it runs. For administrators."""
+        return self._post(worker_id, "drain")
+
+    def undrain(self, worker_id: str) -> builtins.list[Worker]:
+        """Let a worker take jobs again. For administrators."""
+        return self._post(worker_id, "undrain")
+
+    def _post(self, worker_id: str, verb: str) -> builtins.list[Worker]:
+        """The processes of that name, as they are now."""
+        path = f"/workers/{quote(worker_id, safe='')}/{verb}"
+        return self._transport.request("POST", path).parse(Page[Worker]).data

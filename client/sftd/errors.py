@@ -13,6 +13,7 @@ SftdError
     ├── TooLarge            413
     ├── SequenceGap         416   a stream went on past what the server holds
     ├── Invalid             400, 422
+    ├── UpgradeRequired     426   a worker of another version than the server serves
     ├── Throttled           429
     └── ServerError         5xx
 """
@@ -102,6 +103,10 @@ class Invalid(ApiError):
     """400 or 422: the request itself is wrong. The message lists every mistake."""
 
 
+class UpgradeRequired(ApiError):
+    """426: this worker's protocol is too old or too new for the server."""
+
+
 class Throttled(ApiError):
     """429: too many requests."""
 
@@ -119,6 +124,7 @@ _BY_STATUS: dict[int, type[ApiError]] = {
     413: TooLarge,
     416: SequenceGap,
     422: Invalid,
+    426: UpgradeRequired,
     429: Throttled,
 }
 

@@ -12,7 +12,19 @@ from sftd._transport import Transport, backoff_seconds
 from sftd.errors import ConnectionFailed, JobFailed, NotFound, ServerError, Throttled, WaitTimeout
 from sftd.files import unpack, write_file
 from sftd.paging import pages
-from sftd.schemas import Checkpoint, Evaluation, Event, Job, JobState, LogLine, MetricPoint
+from sftd.schemas import (
+    Attempt,
+    Checkpoint,
+    Evaluation,
+    Event,
+    Job,
+    JobState,
+    LogLine,
+    MetricPoint,
+    MoveRequest,
+    PinRequest,
+    RetryRequest,
+)
 from sftd.spec import JobSpec
 from sftd.streams import follow
 
@@ -35,10 +47,50 @@ class Jobs:
         whole = (
             spec.model_dump(mode="json", exclude_none=True) if isinstance(spec, JobSpec) else dict(spec or {})
         )
-        body = {**whole, **fields}
-        # Made once per call and sent again with each retry, so that a lost answer makes no second job.
-        headers = {"Idempotency-Key": uuid.uuid4().hex}
-        return self._transport.request("POST", "/jobs", body=body, headers=headers).parse(Job)
+        return self._post("/jobs", {**whole, **fields})
+
+    def retry(
+        self,
+        job_id: str,
+        *,
+        start: Literal["checkpoint", "scratch"] = "checkpoint",
+        step: int | None = None,
+    ) -> Job:
+        """Try a job that is over again, as a new job: `client.jobs.retry("job_…").id`.
+
+        It goes on from the newest checkpoint, or from that of `step`; `start="scratch"` begins anew.
+        """
+        body = RetryRequest(start=start, step=step).model_dump(by_alias=True)
+        return self._post(f"{_path(job_id)}/retry", body)
+
+    def clone(self, job_id: str, **fields: Any) -> Job:
+        """Post a job with the same spec but for these fields: `client.jobs.clone("job_…", learning_rate=1e-4)`."""
+        return self._post(f"{_path(job_id)}/clone", fields)
+
+    def update(self, job_id: str, **fields: Any) -> Job:
+        """Change when and where a job runs, or what it is called: `client.jobs.update("job_…", priority=5)`.
+
+        `name`, `metadata`, `keep_checkpoints` at any time; `priority`, `requires` and the budgets until it is over;
+        `after` while it is queued. None stands for a field's default.
+        """
+        return self._transport.request("PATCH", _path(job_id), body=fields).parse(Job)
+
+    def move(
+        self,
+        job_id: str,
+        *,
+        position: Literal["first", "last"] | None = None,
+        before: str | None = None,
+        after: str | None = None,
+    ) -> Job:
+        """Put a queued job elsewhere among those of its priority: `client.jobs.move("job_…", position="first")`."""
+        body = MoveRequest(position=position, before=before, after=after)
+        return self._transport.request("POST", f"{_path(job_id)}/move", body=body).parse(Job)
+
+    def delete(self, job_id: str, *, keep_files: bool = False) -> None:
+        """Delete a job that is over, paused or queued, with its folder: `client.jobs.delete("job_…")`."""
+        params = {"keep_files": "true"} if keep_files else None
+        self._transport.request("DELETE", _path(job_id), params=params)
 
     def retrieve(self, job_id: str) -> Job:
         """One job as it stands: `client.jobs.retrieve("job_…").state`."""
@@ -113,13 +165,37 @@ class Jobs:
             self._transport, f"{_path(job_id)}/metrics", MetricPoint, params=params, after=after, limit=limit
         )
 
-    def logs(self, job_id: str, *, after: int | None = None, limit: int | None = None) -> Iterator[LogLine]:
-        """Lines of the job's log, oldest first."""
-        return pages(self._transport, f"{_path(job_id)}/logs", LogLine, after=after, limit=limit)
+    def attempts(self, job_id: str) -> Iterator[Attempt]:
+        """How often a worker has taken the job, and how each attempt ended."""
+        return pages(self._transport, f"{_path(job_id)}/attempts", Attempt)
 
-    def events(self, job_id: str, *, after: int | None = None, limit: int | None = None) -> Iterator[Event]:
-        """What happened to the job, oldest first."""
-        return pages(self._transport, f"{_path(job_id)}/events", Event, after=after, limit=limit)
+    def logs(
+        self,
+        job_id: str,
+        *,
+        after: int | None = None,
+        limit: int | None = None,
+        attempt: int | None = None,
+    ) -> Iterator[LogLine]:
+        """Lines of the job's log, or of one attempt's, oldest first."""
+        params = {"attempt": attempt}
+        return pages(
+            self._transport, f"{_path(job_id)}/logs", LogLine, params=params, after=after, limit=limit
+        )
+
+    def events(
+        self,
+        job_id: str,
+        *,
+        after: int | None = None,
+        limit: int | None = None,
+        attempt: int | None = None,
+    ) -> Iterator[Event]:
+        """What happened to the job, or in one attempt, oldest first."""
+        params = {"attempt": attempt}
+        return pages(
+            self._transport, f"{_path(job_id)}/events", Event, params=params, after=after, limit=limit
+        )
 
     @overload
     def follow(
@@ -144,6 +220,16 @@ class Jobs:
     def checkpoints(self, job_id: str) -> Iterator[Checkpoint]:
         """Checkpoints on record, with the files of each."""
         return pages(self._transport, f"{_path(job_id)}/checkpoints", Checkpoint)
+
+    def pin(self, job_id: str, step: int, *, name: str) -> Checkpoint:
+        """Keep a checkpoint under a name: `client.jobs.pin("job_…", 200, name="best")`."""
+        path = f"{_path(job_id)}/checkpoints/{step}/pin"
+        return self._transport.request("POST", path, body=PinRequest(name=name)).parse(Checkpoint)
+
+    def unpin(self, job_id: str, step: int) -> Checkpoint:
+        """Let a checkpoint be removed like any other again."""
+        path = f"{_path(job_id)}/checkpoints/{step}/unpin"
+        return self._transport.request("POST", path).parse(Checkpoint)
 
     def evaluations(self, job_id: str) -> Iterator[Evaluation]:
         """Evaluations, by step."""
@@ -170,6 +256,11 @@ class Jobs:
             ) as pieces:
                 written.append(write_file(_made(folder), name, pieces, sha256=file.sha256))
         return written
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Job:
+        # Made once per call and sent again with each retry, so that a lost answer makes no second job.
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        return self._transport.request("POST", path, body=body, headers=headers).parse(Job)
 
 
 def _path(job_id: str) -> str:

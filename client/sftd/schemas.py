@@ -148,6 +148,35 @@ class Job(Answer):
     folder: str = Field(description="Where the job's files lie on the box.")
 
 
+class Request(BaseModel):
+    """Base of what a call's body holds: unknown fields are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_by_name=True, validate_by_alias=True)
+
+
+class RetryRequest(Request):
+    """What `POST /jobs/{id}/retry` takes."""
+
+    start: Literal["checkpoint", "scratch"] = Field(
+        "checkpoint", alias="from", description="Go on from its newest checkpoint, or begin anew."
+    )
+    step: int | None = Field(None, ge=0, lt=2**53, description="Go on from the checkpoint of this step.")
+
+
+class MoveRequest(Request):
+    """What `POST /jobs/{id}/move` takes: one of the three."""
+
+    position: Literal["first", "last"] | None = None
+    before: str | None = Field(None, max_length=64, description="Id of a queued job of the same priority.")
+    after: str | None = Field(None, max_length=64, description="Id of a queued job of the same priority.")
+
+
+class PinRequest(Request):
+    """What `POST /jobs/{id}/checkpoints/{step}/pin` takes."""
+
+    name: str = Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")
+
+
 class File(Answer):
     """An uploaded file."""
 

@@ -27,6 +27,7 @@ from sftd_server.datafolder import DataFolderInUse
 from sftd_server.errors import install_error_handlers
 from sftd_server.files import router as files_router
 from sftd_server.gate import Gate
+from sftd_server.jobs import removal
 from sftd_server.jobs import router as jobs_router
 from sftd_server.server import Server
 from sftd_server.settings import Settings, SettingsError, read_settings
@@ -73,6 +74,7 @@ async def running(server: Server) -> AsyncIterator[None]:
         await asyncio.to_thread(migrations.upgrade, server.db.engine)
         server.db.start()
         await _load_secrets(server)
+        await _finish_removals(server)
         reaper = Reaper(server)
         await reaper.begin()
         looking = asyncio.create_task(reaper.run(), name="reaper")
@@ -85,6 +87,14 @@ async def running(server: Server) -> AsyncIterator[None]:
             await server.db.stop()
     finally:
         os.close(lock)
+
+
+async def _finish_removals(server: Server) -> None:
+    """Delete the folders of jobs that were deleted when a server died."""
+    jobs = server.folder.path / "jobs"
+    noted = removal.noted(jobs)
+    kept = await server.db.read(lambda session: removal.existing(session, noted))
+    server.in_background(asyncio.to_thread(removal.sweep, jobs, kept))
 
 
 async def _load_secrets(server: Server) -> None:

@@ -116,6 +116,17 @@ class Invalid(ApiError):
         return cls("\n".join(map(str, mistakes)), code=code, param=mistakes[0].field)
 
 
+class UpgradeRequired(ApiError):
+    """426: the caller speaks another version of the worker protocol than this server serves."""
+
+    status = 426
+    kind = "invalid_request"
+
+    def __init__(self, message: str, *, code: str, protocol: int) -> None:
+        headers = {"upgrade": f"sftd-worker/{protocol}"}
+        super().__init__(message, code=code, param="protocol", headers=headers)
+
+
 class Unavailable(ApiError):
     """503: not now; try again."""
 
@@ -190,6 +201,7 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, object]]:
         413: "Larger than the limit.",
         416: "The batch does not begin where the stream ends; X-Expected-Seq says where to go on.",
         422: "The request is malformed; the message lists every mistake.",
+        426: "The worker speaks a version of the protocol that this server does not serve.",
     }
     return {
         status: {

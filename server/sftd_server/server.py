@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -29,6 +29,13 @@ class Server:
         self.installation_id = ""
         self.file_changes = asyncio.Lock()  # held while a blob and its row appear or go together
         self._stopping = False
+        self._background: set[asyncio.Task[None]] = set()
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let something run on that no request waits for, such as deleting files."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     @property
     def stopping(self) -> bool:

@@ -5,7 +5,7 @@ Every field can be set by the environment variable `SFTD_` + its name in capital
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -62,6 +62,24 @@ class Settings(BaseModel):
         2, ge=0, description="Wait before a lost job runs again; doubles each time."
     )
     max_backoff_seconds: float = Field(60, ge=0, description="Longest such wait.")
+    fair_share: bool = Field(
+        True,
+        description="Among jobs of one priority, those go first that are short and whose owner has used few GPU-seconds.",
+    )
+    fair_share_half_life_seconds: float = Field(
+        86400, gt=0, description="What an owner has used counts half after so long."
+    )
+    preemption: Literal["off", "priority", "fair_share"] = Field(
+        "off", description="Whether a running job saves, yields and queues again for one of higher priority."
+    )
+    preempt_after_seconds: float = Field(
+        30, ge=0, description="A job waits so long before others make room for it."
+    )
+    reserve_seconds: float = Field(
+        600,
+        ge=0,
+        description="A job that waits so long for several slots has a worker's free ones kept for it.",
+    )
     reap_seconds: float = Field(1, gt=0, description="How often expired leases are looked for.")
     keepalive_seconds: float = Field(15, gt=0, description="A silent event stream sends a comment so often.")
     stop_seconds: float = Field(5, gt=0, description="How long open requests may take to end when stopping.")

@@ -3,21 +3,23 @@
 from datetime import datetime, timedelta
 from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Path
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 from sqlmodel import Session, col, func, select
 
 import sftd
 from sftd.schemas import JobState, Page, Worker
+from sftd_server.auth import Caller, caller_of
 from sftd_server.errors import error_responses
+from sftd_server.jobs.scheduling import ALIVE_SECONDS
 from sftd_server.server import Server, server_of
 from sftd_server.tables import JobRow, WorkerRow
 from sftd_server.workers import registry
 
-ALIVE_SECONDS = 90.0
-
 ServerDep = Annotated[Server, Depends(server_of)]
+CallerDep = Annotated[Caller, Depends(caller_of)]
+WorkerId = Annotated[str, Path(max_length=128, examples=["gpu-box"])]
 router = APIRouter(tags=["server"])
 
 
@@ -36,8 +38,30 @@ async def healthz() -> Health:
 
 @router.get("/workers", responses=error_responses())
 async def list_workers(server: ServerDep) -> Page[Worker]:
-    """Workers that have registered, the one last heard of first, with the jobs they hold."""
-    return await server.db.read(registry.workers)
+    """Processes of workers that have registered, the newest first, with the jobs they hold."""
+    now = server.clock.now()
+    return await server.db.read(lambda session: registry.workers(session, now))
+
+
+@router.post("/workers/{worker_id}/drain", responses=error_responses(404))
+async def drain(worker_id: WorkerId, server: ServerDep, caller: CallerDep) -> Page[Worker]:
+    """Let a worker take no new jobs and give back those it runs, for admins. It stays so until it is undrained, over
+    restarts too. May be repeated."""
+    return await _set_draining(server, worker_id, caller, draining=True)
+
+
+@router.post("/workers/{worker_id}/undrain", responses=error_responses(404))
+async def undrain(worker_id: WorkerId, server: ServerDep, caller: CallerDep) -> Page[Worker]:
+    """Let a worker take jobs again, for admins. May be repeated."""
+    return await _set_draining(server, worker_id, caller, draining=False)
+
+
+async def _set_draining(server: Server, worker_id: str, caller: Caller, *, draining: bool) -> Page[Worker]:
+    """The processes of that name, as they are now."""
+    caller.require_admin()
+    await server.db.write(lambda session: registry.drain(session, worker_id, draining=draining))
+    page = await list_workers(server)
+    return page.model_copy(update={"data": [worker for worker in page.data if worker.id == worker_id]})
 
 
 @router.get("/metrics", response_class=PlainTextResponse, responses=error_responses())

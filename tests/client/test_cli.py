@@ -36,6 +36,18 @@ COMMANDS = [
     "get",
     "keys",
     "workers",
+    "retry",
+    "clone",
+    "change",
+    "priority",
+    "move",
+    "delete",
+    "attempts",
+    "checkpoints",
+    "pin",
+    "unpin",
+    "drain",
+    "undrain",
 ]
 
 

@@ -11,6 +11,8 @@ EXPECTED = {
     ("POST", "/keys"): {"admin": 422, "user": 403, "worker": 403},
     ("GET", "/keys"): {"admin": 200, "user": 403, "worker": 403},
     ("DELETE", "/keys/{key_id}"): {"admin": 404, "user": 403, "worker": 403},
+    ("POST", "/workers/{worker_id}/drain"): {"admin": 404, "user": 403, "worker": 403},
+    ("POST", "/workers/{worker_id}/undrain"): {"admin": 404, "user": 403, "worker": 403},
     ("GET", "/healthz"): {"admin": 200, "user": 200, "worker": 200},
 }
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import text
-from sqlmodel import Session, and_, col, func, or_, select
+from sqlmodel import Session, col, select
 
 from sftd.schemas import (
     REMEDIES,
+    Attempt,
     Checkpoint,
     Evaluation,
     Event,
@@ -21,12 +22,17 @@ from sftd.schemas import (
     LogLine,
     ManifestFile,
     Page,
+    PauseReason,
+    Want,
 )
 from sftd.spec import JobSpec
 from sftd_server.errors import Conflict, NotFound
+from sftd_server.jobs import accounts
 from sftd_server.jobs.metrics import from_storage, recent_seconds, windows
 from sftd_server.jobs.service import find_job
-from sftd_server.tables import CheckpointRow, EvaluationRow, EventRow, JobRow, LogLineRow
+from sftd_server.jobs.waiting import Queue
+from sftd_server.settings import Settings
+from sftd_server.tables import AttemptRow, CheckpointRow, EvaluationRow, EventRow, JobRow, LogLineRow
 
 T = TypeVar("T")
 
@@ -48,13 +54,27 @@ class StoredFiles:
     files: dict[str, ManifestFile]
 
 
-def job(session: Session, job_id: str, *, jobs_folder: Path, now: datetime) -> Job:
-    """One job as it stands."""
-    return _job(session, find_job(session, job_id), jobs_folder, now)
+@dataclass(frozen=True)
+class Context:
+    """What an answer about a job depends on besides its rows."""
+
+    settings: Settings
+    now: datetime
+
+    @property
+    def jobs_folder(self) -> Path:
+        return self.settings.data / "jobs"
+
+
+def job(session: Session, job_id: str, context: Context) -> Job:
+    """One job as it stands; of a queued one also who goes before it, and why."""
+    row = find_job(session, job_id)
+    queue = Queue(session, context.settings, context.now)
+    return _job(session, row, context, queue, thoroughly=True)
 
 
 def jobs(
-    session: Session, wanted: JobFilter, *, after: str | None, limit: int, jobs_folder: Path, now: datetime
+    session: Session, wanted: JobFilter, context: Context, *, after: str | None, limit: int
 ) -> Page[Job]:
     """Jobs, newest first."""
     query = select(JobRow).order_by(col(JobRow.number).desc()).limit(limit + 1)
@@ -70,15 +90,20 @@ def jobs(
     if after is not None:
         query = query.where(col(JobRow.number) < find_job(session, after).number)
     rows = session.exec(query).all()
-    data = [_job(session, row, jobs_folder, now) for row in rows[:limit]]
+    queue = Queue(session, context.settings, context.now)
+    data = [_job(session, row, context, queue, thoroughly=False) for row in rows[:limit]]
     more = len(rows) > limit
     return Page[Job](data=data, has_more=more, next_after=data[-1].id if more else None)
 
 
-def events(session: Session, job_id: str, *, after: int, limit: int) -> Page[Event]:
-    """Events of a job, oldest first."""
+def events(
+    session: Session, job_id: str, *, after: int, limit: int, attempt: int | None = None
+) -> Page[Event]:
+    """Events of a job, or of one attempt, oldest first."""
     number = find_job(session, job_id).number
     query = select(EventRow).where(EventRow.job == number, col(EventRow.id) > after)
+    if attempt is not None:
+        query = query.where(EventRow.attempt == attempt)
     rows = session.exec(query.order_by(col(EventRow.id)).limit(limit + 1)).all()
     data = [
         Event(
@@ -95,10 +120,14 @@ def events(session: Session, job_id: str, *, after: int, limit: int) -> Page[Eve
     return _page(data, more=len(rows) > limit, cursor=data[-1].id if data else None)
 
 
-def logs(session: Session, job_id: str, *, after: int, limit: int) -> Page[LogLine]:
-    """Log lines of a job, oldest first."""
+def logs(
+    session: Session, job_id: str, *, after: int, limit: int, attempt: int | None = None
+) -> Page[LogLine]:
+    """Log lines of a job, or of one attempt, oldest first."""
     number = find_job(session, job_id).number
     query = select(LogLineRow).where(LogLineRow.job == number, col(LogLineRow.id) > after)
+    if attempt is not None:
+        query = query.where(LogLineRow.attempt == attempt)
     rows = session.exec(query.order_by(col(LogLineRow.id)).limit(limit + 1)).all()
     data = [
         LogLine(id=row.id or 0, attempt=row.attempt, text=row.text, created_at=row.created_at)
@@ -107,11 +136,37 @@ def logs(session: Session, job_id: str, *, after: int, limit: int) -> Page[LogLi
     return _page(data, more=len(rows) > limit, cursor=data[-1].id if data else None)
 
 
+def attempts(session: Session, job_id: str, now: datetime) -> Page[Attempt]:
+    """Attempts of a job, the first one first."""
+    number = find_job(session, job_id).number
+    query = select(AttemptRow).where(AttemptRow.job == number).order_by(col(AttemptRow.attempt))
+    return _page(
+        [
+            Attempt(
+                job_id=job_id,
+                attempt=row.attempt,
+                worker_id=row.worker_id,
+                boot_id=row.boot_id,
+                claimed_at=row.claimed_at,
+                started_at=row.started_at,
+                ended_at=row.ended_at,
+                outcome=row.outcome,
+                reason=row.reason,
+                message=row.message,
+                start_step=row.start_step,
+                gpus=row.gpus,
+                gpu_seconds=accounts.held_seconds(row, now) * row.gpus,
+            )
+            for row in session.exec(query)
+        ]
+    )
+
+
 def checkpoints(session: Session, job_id: str) -> Page[Checkpoint]:
     """Whole checkpoints of a job by step; where a step was saved again, the newest."""
     rows = whole_checkpoints(session, find_job(session, job_id).number)
     by_step = {row.step: row for row in rows}  # in order of attempts: the last one stays
-    return _page([_checkpoint(job_id, by_step[step]) for step in sorted(by_step)])
+    return _page([checkpoint_answer(job_id, by_step[step]) for step in sorted(by_step)])
 
 
 def evaluations(session: Session, job_id: str) -> Page[Evaluation]:
@@ -136,13 +191,8 @@ def evaluations(session: Session, job_id: str) -> Page[Evaluation]:
 
 def checkpoint_files(session: Session, job_id: str, step: int) -> StoredFiles:
     """The files of the newest whole checkpoint of a step."""
-    rows = [row for row in whole_checkpoints(session, find_job(session, job_id).number) if row.step == step]
-    if not rows:
-        raise NotFound(
-            f"{job_id} has no checkpoint of step {step}; GET /jobs/{job_id}/checkpoints lists them.",
-            code="unknown_checkpoint",
-        )
-    return StoredFiles(f"jobs/{job_id}/checkpoints/{rows[-1].name}", _manifest(rows[-1].files))
+    row = whole_checkpoint(session, find_job(session, job_id), step)
+    return StoredFiles(f"jobs/{job_id}/checkpoints/{row.name}", _manifest(row.files))
 
 
 def result_files(session: Session, job_id: str) -> StoredFiles:
@@ -156,9 +206,24 @@ def result_files(session: Session, job_id: str) -> StoredFiles:
     return StoredFiles(f"jobs/{job_id}/results", _manifest(row.result))
 
 
+def whole_checkpoint(session: Session, job: JobRow, step: int) -> CheckpointRow:
+    """The newest whole checkpoint of a step. Raises NotFound."""
+    rows = [row for row in whole_checkpoints(session, job.number) if row.step == step]
+    if not rows:
+        raise NotFound(
+            f"{job.id} has no checkpoint of step {step}; GET /jobs/{job.id}/checkpoints lists them.",
+            code="unknown_checkpoint",
+        )
+    return rows[-1]
+
+
 def whole_checkpoints(session: Session, number: int | None) -> Sequence[CheckpointRow]:
-    """Checkpoints that are not known to be corrupt, by step and attempt."""
-    query = select(CheckpointRow).where(CheckpointRow.job == number, col(CheckpointRow.corrupt).is_(False))
+    """Checkpoints that are there and not known to be corrupt, by step and attempt."""
+    query = (
+        select(CheckpointRow)
+        .where(CheckpointRow.job == number, col(CheckpointRow.corrupt).is_(False))
+        .where(col(CheckpointRow.deleted_at).is_(None))
+    )
     return session.exec(query.order_by(col(CheckpointRow.step), col(CheckpointRow.attempt))).all()
 
 
@@ -169,8 +234,12 @@ def _page(data: list[T], *, more: bool = False, cursor: int | None = None) -> Pa
     return Page[T](data=data, has_more=more, next_after=cursor if more else None)
 
 
-def _job(session: Session, row: JobRow, jobs_folder: Path, now: datetime) -> Job:
-    state = JobState(row.state)
+def _job(session: Session, row: JobRow, context: Context, queue: Queue, *, thoroughly: bool) -> Job:
+    state, now = JobState(row.state), context.now
+    spec = JobSpec.model_validate_json(row.spec)
+    position = queue.position(row) if state is JobState.QUEUED else None
+    live = accounts.live_attempt(session, row) if state.leased else None
+    held_seconds = accounts.held_seconds(live, now)
     evaluated = _evaluations(session, row.number) if row.attempt else []
     share = min(1.0, row.step / row.total_steps) if row.total_steps else 0.0
     return Job(
@@ -182,12 +251,19 @@ def _job(session: Session, row: JobRow, jobs_folder: Path, now: datetime) -> Job
         priority=row.priority,
         base_model=row.base_model,
         method=row.method,
-        spec=JobSpec.model_validate_json(row.spec),
+        spec=spec,
         metadata=row.labels,
         created_at=row.created_at,
         started_at=row.started_at,
         finished_at=row.finished_at,
-        queue_position=_queue_position(session, row) if state is JobState.QUEUED else None,
+        pause_reason=_pause_reason(row),
+        queue_position=position,
+        why_waiting=None if position is None else queue.why(row, position=position if thoroughly else None),
+        after=spec.after,
+        retry_of=row.retry_of,
+        clone_of=row.clone_of,
+        run_seconds=row.used_seconds + held_seconds,
+        gpu_seconds=row.used_gpu_seconds + held_seconds * row.gpus,
         estimated_finish_at=_estimated_finish(session, row, now) if state is JobState.RUNNING else None,
         attempt=row.attempt,
         worker_id=row.worker_id,
@@ -199,7 +275,7 @@ def _job(session: Session, row: JobRow, jobs_folder: Path, now: datetime) -> Job
         tokens_seen=row.tokens_seen,
         tokens_per_second=row.tokens_per_second,
         failure=_failure(row),
-        folder=str(jobs_folder / row.id),
+        folder=str(context.jobs_folder / row.id),
     )
 
 
@@ -215,20 +291,10 @@ def _failure(row: JobRow) -> Failure | None:
     )
 
 
-def _queue_position(session: Session, row: JobRow) -> int:
-    """1 for the job that goes next."""
-    before = or_(
-        col(JobRow.priority) > row.priority,
-        and_(
-            col(JobRow.priority) == row.priority,
-            or_(
-                col(JobRow.queue_rank) < row.queue_rank,
-                and_(col(JobRow.queue_rank) == row.queue_rank, col(JobRow.number) < row.number),
-            ),
-        ),
-    )
-    query = select(func.count()).select_from(JobRow).where(JobRow.state == JobState.QUEUED, before)
-    return session.exec(query).one() + 1
+def _pause_reason(row: JobRow) -> PauseReason | None:
+    if row.state != JobState.PAUSED and row.want != Want.PAUSE:
+        return None
+    return PauseReason(row.pause_reason or PauseReason.USER)
 
 
 def _estimated_finish(session: Session, row: JobRow, now: datetime) -> datetime | None:
@@ -257,7 +323,8 @@ def _evaluations(session: Session, number: int | None) -> list[EvaluationRow]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _checkpoint(job_id: str, row: CheckpointRow) -> Checkpoint:
+def checkpoint_answer(job_id: str, row: CheckpointRow) -> Checkpoint:
+    """A checkpoint as it is answered."""
     files = _manifest(row.files)
     return Checkpoint(
         job_id=job_id,
@@ -266,6 +333,7 @@ def _checkpoint(job_id: str, row: CheckpointRow) -> Checkpoint:
         bytes=sum(file.bytes for file in files.values()),
         files=files,
         metrics=row.metrics,
+        pinned=row.pinned,
         created_at=row.created_at,
     )
 

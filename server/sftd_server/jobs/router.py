@@ -1,5 +1,7 @@
-"""Routes of jobs. Each translates a request to one call of `service`, `queries`, `stream` or `downloads`."""
+"""Routes of jobs. Each translates a request to one call of `service`, `changes`, `again`, `removal`, `queries`, `stream` or
+`downloads`."""
 
+import asyncio
 import functools
 import re
 from collections.abc import Callable
@@ -10,14 +12,28 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from sqlmodel import Session
 
-from sftd.schemas import Checkpoint, Evaluation, Event, Job, JobState, LogLine, MetricPoint, Page
+from sftd.schemas import (
+    Attempt,
+    Checkpoint,
+    Evaluation,
+    Event,
+    Job,
+    JobState,
+    LogLine,
+    MetricPoint,
+    MoveRequest,
+    Page,
+    PinRequest,
+    RetryRequest,
+)
+from sftd.spec import JobSpec
 from sftd_server.auth import Caller, caller_of
 from sftd_server.errors import Invalid, error_responses
-from sftd_server.jobs import downloads, metrics, queries, service, submission
+from sftd_server.jobs import again, changes, downloads, metrics, queries, removal, service, submission
 from sftd_server.jobs.queries import JobFilter
 from sftd_server.jobs.stream import PAGE, starting_point, stream
 from sftd_server.server import Server, server_of
-from sftd_server.strict_json import MAX_INTEGER, read_json
+from sftd_server.strict_json import MAX_INTEGER, StrictRoute, read_json
 
 ServerDep = Annotated[Server, Depends(server_of)]
 CallerDep = Annotated[Caller, Depends(caller_of)]
@@ -25,6 +41,15 @@ JobId = Annotated[str, Path(max_length=64, examples=["job_7k2mq9x4w3pz"])]
 Step = Annotated[int, Path(ge=0, le=MAX_INTEGER)]
 After = Annotated[int, Query(ge=0, le=MAX_INTEGER, description="Go on after this id.")]
 Limit = Annotated[int, Query(ge=1, le=10_000, description="At most so many.")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        description="Made once per call and sent again with each retry: the job is then made once.",
+    ),
+]
+OfAttempt = Annotated[int | None, Query(ge=0, le=MAX_INTEGER, description="Only of this attempt.")]
 LastEventId = Annotated[
     str | None,
     Header(alias="Last-Event-ID", description="Go on after this id; a browser sends it by itself."),
@@ -45,6 +70,21 @@ _SPEC_BODY: dict[str, Any] = {  # OpenAPI: open by nature
         "required": True,
         "content": {
             "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}, "example": _SPEC}
+        },
+    }
+}
+_FIELDS_BODY: dict[str, Any] = {  # OpenAPI: open by nature
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "description": "Fields of the job spec.",
+                    "additionalProperties": True,
+                },
+                "example": {"priority": 5},
+            }
         },
     }
 }
@@ -86,10 +126,11 @@ _EVENT_STREAM: dict[int | str, dict[str, Any]] = {  # OpenAPI: open by nature
 _BYTES: dict[int | str, dict[str, Any]] = {  # OpenAPI: open by nature
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }
+Checked = tuple[JobSpec, service.JobInputs, service.Origin | None]
 MAX_METADATA_FILTERS = 16  # as many as a job has pairs
 _METADATA_NAME = re.compile(r"^metadata\[(.{1,64})\]$", re.DOTALL)
 
-router = APIRouter(prefix="/jobs", tags=["jobs"], responses=error_responses(404))
+router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute, responses=error_responses(404))
 
 
 @router.post("", openapi_extra=_SPEC_BODY, responses={**_POSTED, **error_responses(413)})
@@ -97,14 +138,7 @@ async def submit(
     request: Request,
     server: ServerDep,
     caller: CallerDep,
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            min_length=1,
-            max_length=255,
-            description="Made once per call and sent again with each retry: the job is then made once.",
-        ),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Job:
     """Post a fine-tuning job: the job spec as one flat JSON object.
 
@@ -112,24 +146,14 @@ async def submit(
     the job, `queued`. With an `Idempotency-Key` the same call again answers with the same job.
     """
     value = read_json(await request.body())
-    now, body_sha256 = server.clock.now(), service.body_hash(value)
-    job_id = None
-    if idempotency_key is not None:
-        find = functools.partial(
-            service.find_submitted,
-            owner=caller.name,
-            idempotency_key=idempotency_key,
-            body_sha256=body_sha256,
+
+    def check(session: Session) -> Checked:
+        spec, inputs = submission.check(
+            session, value, folder=server.folder, model_roots=server.settings.model_roots
         )
-        job_id = await server.db.read(find)
-    if job_id is None:
-        check = functools.partial(
-            submission.check, value=value, folder=server.folder, model_roots=server.settings.model_roots
-        )
-        spec, inputs = await server.db.read(check)
-        submitted = service.Submission(spec, inputs, caller.name, idempotency_key, body_sha256)
-        job_id = await server.db.write(lambda session: service.submit(session, submitted, now))
-    return await _job(server, job_id)
+        return spec, inputs, None
+
+    return await _submit(server, caller, idempotency_key, value, check)
 
 
 @router.get("", openapi_extra=_METADATA_PARAMETER)
@@ -154,11 +178,9 @@ async def list_jobs(
             param="metadata",
         )
     wanted = JobFilter(states=state or [], owner=owner, metadata=metadata)
-    jobs_folder, now = server.folder.path / "jobs", server.clock.now()
+    context = queries.Context(server.settings, server.clock.now())
     return await server.db.read(
-        lambda session: queries.jobs(
-            session, wanted, after=after, limit=limit, jobs_folder=jobs_folder, now=now
-        )
+        lambda session: queries.jobs(session, wanted, context, after=after, limit=limit)
     )
 
 
@@ -184,6 +206,105 @@ async def pause(job_id: JobId, server: ServerDep, caller: CallerDep) -> Job:
 async def resume(job_id: JobId, server: ServerDep, caller: CallerDep) -> Job:
     """Queue a paused job again; it goes on from its newest checkpoint. May be repeated."""
     return await _steer(server, service.resume, job_id, caller)
+
+
+@router.post("/{job_id}/retry", responses=error_responses(404, 409, 413))
+async def retry(
+    job_id: JobId,
+    server: ServerDep,
+    caller: CallerDep,
+    message: RetryRequest | None = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Job:
+    """Try a job that is over again: a new job with the same spec, linked by `retry_of`.
+
+    It goes on from the old job's newest checkpoint, or from that of `step`; with `{"from": "scratch"}`, or where there is
+    no checkpoint, it begins anew. Its result is that of a run that was never interrupted.
+    """
+    request = message or RetryRequest()
+    sources = again.Sources(server.folder, server.settings.model_roots)
+    asked = {"retry": job_id, **request.model_dump(by_alias=True)}
+    return await _submit(
+        server,
+        caller,
+        idempotency_key,
+        asked,
+        lambda session: again.retried(session, job_id, request, sources),
+    )
+
+
+@router.post("/{job_id}/clone", openapi_extra=_FIELDS_BODY, responses=error_responses(404, 409, 413))
+async def clone(
+    request: Request,
+    job_id: JobId,
+    server: ServerDep,
+    caller: CallerDep,
+    idempotency_key: IdempotencyKey = None,
+) -> Job:
+    """Post a job with the same spec but for the fields in the body: `{"learning_rate": 1e-4}`; null stands for a field's
+    default. It is checked like any new job and linked by `clone_of`."""
+    overrides = read_json(await request.body())
+    if not isinstance(overrides, dict):
+        raise Invalid("body: must be a JSON object, the fields to change", code="invalid_spec", param="body")
+    sources = again.Sources(server.folder, server.settings.model_roots)
+    asked = {"clone": job_id, "overrides": overrides}
+    return await _submit(
+        server,
+        caller,
+        idempotency_key,
+        asked,
+        lambda session: again.cloned(session, job_id, overrides, sources),
+    )
+
+
+@router.patch("/{job_id}", openapi_extra=_FIELDS_BODY, responses=error_responses(404, 409, 413))
+async def change(request: Request, job_id: JobId, server: ServerDep, caller: CallerDep) -> Job:
+    """Change fields of a job: `name`, `metadata` and `keep_checkpoints` at any time; `priority`, `requires`, `max_seconds`,
+    `max_gpu_seconds` and `max_tokens` until it is over; `after` while it is queued. Null stands for a field's default."""
+    fields = read_json(await request.body())
+    now = server.clock.now()
+    await server.db.write(lambda session: changes.change(session, job_id, fields, caller, now))
+    return await _job(server, job_id)
+
+
+@router.post("/{job_id}/move", responses=error_responses(404, 409, 413))
+async def move(message: MoveRequest, job_id: JobId, server: ServerDep, caller: CallerDep) -> Job:
+    """Put a queued job elsewhere among those of its priority: `{"position": "first"}` or `"last"`, `{"before": id}`,
+    `{"after": id}`. Its owner may; going ahead of somebody else's job needs an admin."""
+    now, settings = server.clock.now(), server.settings
+    await server.db.write(lambda session: changes.reorder(session, job_id, message, caller, settings, now))
+    return await _job(server, job_id)
+
+
+@router.delete("/{job_id}", status_code=204, responses=error_responses(404, 409))
+async def delete(
+    job_id: JobId,
+    server: ServerDep,
+    caller: CallerDep,
+    keep_files: Annotated[bool, Query(description="Leave its folder where it is.")] = False,
+) -> None:
+    """Delete a job that is over, paused or queued: all that is recorded of it, and its folder. 409 while it runs (cancel it
+    first), and while a job that is not over needs it."""
+    jobs = server.folder.path / "jobs"
+    await server.db.read(lambda session: service.find_job(session, job_id))  # no note of what never was
+    left = None if keep_files else await asyncio.to_thread(removal.note, jobs, job_id)
+    try:
+        await server.db.write(lambda session: removal.remove(session, job_id, caller))
+    except Exception:
+        if left is not None:
+            left.unlink(missing_ok=True)
+        raise
+    if not keep_files:
+        trash = await asyncio.to_thread(removal.put_away, jobs, job_id)
+        if trash is not None:
+            server.in_background(asyncio.to_thread(removal.empty, trash))
+
+
+@router.get("/{job_id}/attempts")
+async def list_attempts(job_id: JobId, server: ServerDep) -> Page[Attempt]:
+    """How often workers have taken the job: which, when, how each attempt ended and why."""
+    now = server.clock.now()
+    return await server.db.read(lambda session: queries.attempts(session, job_id, now))
 
 
 @router.get("/{job_id}/metrics", response_model=Page[MetricPoint])
@@ -222,6 +343,7 @@ async def list_logs(
     server: ServerDep,
     after: After = 0,
     limit: Limit = 1000,
+    attempt: OfAttempt = None,
     last_event_id: LastEventId = None,
 ) -> Response:
     """The job's log, oldest line first.
@@ -230,8 +352,11 @@ async def list_logs(
     go on from, at last `event: end`.
     """
     if _wants_stream(request):
-        return await _stream(server, job_id, queries.logs, starting_point(after, last_event_id))
-    page = await server.db.read(lambda session: queries.logs(session, job_id, after=after, limit=limit))
+        pages = functools.partial(queries.logs, attempt=attempt)
+        return await _stream(server, job_id, pages, starting_point(after, last_event_id))
+    page = await server.db.read(
+        lambda session: queries.logs(session, job_id, after=after, limit=limit, attempt=attempt)
+    )
     return Response(page.model_dump_json(), media_type="application/json")
 
 
@@ -242,6 +367,7 @@ async def list_events(
     server: ServerDep,
     after: After = 0,
     limit: Limit = 1000,
+    attempt: OfAttempt = None,
     last_event_id: LastEventId = None,
 ) -> Response:
     """What happened to the job, oldest first.
@@ -250,8 +376,11 @@ async def list_events(
     to go on from, at last `event: end`.
     """
     if _wants_stream(request):
-        return await _stream(server, job_id, queries.events, starting_point(after, last_event_id))
-    page = await server.db.read(lambda session: queries.events(session, job_id, after=after, limit=limit))
+        pages = functools.partial(queries.events, attempt=attempt)
+        return await _stream(server, job_id, pages, starting_point(after, last_event_id))
+    page = await server.db.read(
+        lambda session: queries.events(session, job_id, after=after, limit=limit, attempt=attempt)
+    )
     return Response(page.model_dump_json(), media_type="application/json")
 
 
@@ -259,6 +388,20 @@ async def list_events(
 async def list_checkpoints(job_id: JobId, server: ServerDep) -> Page[Checkpoint]:
     """Whole checkpoints by step, each with its files."""
     return await server.db.read(lambda session: queries.checkpoints(session, job_id))
+
+
+@router.post("/{job_id}/checkpoints/{step}/pin", responses=error_responses(404, 409, 413))
+async def pin(
+    message: PinRequest, job_id: JobId, step: Step, server: ServerDep, caller: CallerDep
+) -> Checkpoint:
+    """Keep a checkpoint under a name, whatever the server's rules for old ones. May be repeated."""
+    return await server.db.write(lambda session: changes.pin(session, job_id, step, message, caller))
+
+
+@router.post("/{job_id}/checkpoints/{step}/unpin", responses=error_responses(404, 409))
+async def unpin(job_id: JobId, step: Step, server: ServerDep, caller: CallerDep) -> Checkpoint:
+    """Let a checkpoint be removed like any other again. May be repeated."""
+    return await server.db.write(lambda session: changes.unpin(session, job_id, step, caller))
 
 
 @router.get("/{job_id}/evaluations")
@@ -313,10 +456,33 @@ Listing = Callable[..., Any]  # queries.logs or queries.events
 
 
 async def _job(server: Server, job_id: str) -> Job:
-    look = functools.partial(
-        queries.job, job_id=job_id, jobs_folder=server.folder.path / "jobs", now=server.clock.now()
-    )
-    return await server.db.read(look)
+    context = queries.Context(server.settings, server.clock.now())
+    return await server.db.read(lambda session: queries.job(session, job_id, context))
+
+
+async def _submit(
+    server: Server,
+    caller: Caller,
+    idempotency_key: str | None,
+    asked: object,
+    check: Callable[[Session], Checked],
+) -> Job:
+    """Make a job of what was asked, once per idempotency key."""
+    now, body_sha256 = server.clock.now(), service.body_hash(asked)
+    job_id = None
+    if idempotency_key is not None:
+        find = functools.partial(
+            service.find_submitted,
+            owner=caller.name,
+            idempotency_key=idempotency_key,
+            body_sha256=body_sha256,
+        )
+        job_id = await server.db.read(find)
+    if job_id is None:
+        spec, inputs, origin = await server.db.read(check)
+        submitted = service.Submission(spec, inputs, caller.name, idempotency_key, body_sha256, origin)
+        job_id = await server.db.write(lambda session: service.submit(session, submitted, now))
+    return await _job(server, job_id)
 
 
 async def _steer(server: Server, act: Steering, job_id: str, caller: Caller) -> Job:

@@ -1,6 +1,7 @@
 """What can be done to a job: submit it, cancel, pause and resume it; and `move`, the only way a state changes.
 
-Every change is one guarded UPDATE whose WHERE names what was seen, with its event in the same transaction.
+Every change is one guarded UPDATE whose WHERE names what was seen, with its event in the same transaction. An attempt
+that ends is paid for here, and a job that ends without success takes with it those that wait for it.
 """
 
 import hashlib
@@ -13,18 +14,20 @@ from pydantic import BaseModel
 from sqlmodel import Session, col, select, update
 
 from sftd.protocol import BaseRef, InputFile
-from sftd.schemas import JobState, Want
+from sftd.schemas import FailureReason, JobState, PauseReason, Want
 from sftd.spec import JobSpec
 from sftd_server.auth import Caller
 from sftd_server.db import touch
 from sftd_server.errors import Conflict, Invalid, NotFound
 from sftd_server.ids import new_id
+from sftd_server.jobs import accounts, dependencies
 from sftd_server.jobs.states import LEASED, TERMINAL, Facts, Trigger, next_state
-from sftd_server.tables import AttemptRow, EventRow, FileRow, JobRow
+from sftd_server.tables import EventRow, FileRow, JobRow
 
 
 class JobInputs(BaseModel):
-    """What a job reads, pinned when it is posted."""
+    """What a job reads, pinned when it is posted. A base that is the result of a job in `after` is pinned when that
+    is done: at the claim."""
 
     training_file: InputFile
     validation_file: InputFile | None
@@ -40,6 +43,18 @@ class Submission:
     owner: str
     idempotency_key: str | None
     body_sha256: str
+    origin: "Origin | None" = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The job that a new one was made from, and the checkpoint to begin with."""
+
+    verb: str  # what its `queued` event tells
+    retry_of: str | None = None
+    clone_of: str | None = None
+    seed_job: int | None = None
+    seed_checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
         if earlier:
             return earlier
     _require_files(session, submission.inputs)
-    spec = submission.spec
+    spec, origin = submission.spec, submission.origin or Origin("Waiting for a worker.")
     row = JobRow(
         id=new_id("job"),
         owner=submission.owner,
@@ -106,10 +121,16 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
         max_seconds=spec.max_seconds,
         max_gpu_seconds=spec.max_gpu_seconds,
         max_tokens=spec.max_tokens,
+        retry_of=origin.retry_of,
+        clone_of=origin.clone_of,
+        seed_job=origin.seed_job,
+        seed_checkpoint=origin.seed_checkpoint,
     )
+    row.expected_gpu_seconds = accounts.expected_gpu_seconds(session, spec, submission.inputs.training_file)
     session.add(row)
     session.flush()
-    add_event(session, row, Note("queued", "Waiting for a worker."), now)
+    dependencies.replace(session, row, spec.after)
+    add_event(session, row, Note("queued", origin.verb), now)
     touch(session, "queue")
     return row.id
 
@@ -117,29 +138,37 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
 def _require_files(session: Session, inputs: JobInputs) -> None:
     """The files are still there: they may have been deleted since they were looked up."""
     for field, file in (("training_file", inputs.training_file), ("validation_file", inputs.validation_file)):
-        if file and not session.exec(select(FileRow.id).where(FileRow.id == file.file_id)).first():
+        query = select(FileRow).where(FileRow.id == (file.file_id if file else ""))
+        if file and not session.exec(query.with_for_update()).first():
             raise Invalid(f"{field}: there is no file {file.file_id!r}.", code="invalid_spec", param=field)
 
 
 # ---------------------------------------------------------------- the user's wishes
 
 
-def find_job(session: Session, job_id: str) -> JobRow:
-    """The row of a job. Raises NotFound."""
-    row = session.exec(select(JobRow).where(JobRow.id == job_id)).first()
+def find_job(session: Session, job_id: str, *, lock: bool = False) -> JobRow:
+    """The row of a job; `lock` it where a write is decided on what it says. Raises NotFound."""
+    query = select(JobRow).where(JobRow.id == job_id)
+    row = session.exec(query.with_for_update() if lock else query).first()
     if row is None:
         raise NotFound(f"There is no job {job_id!r}; GET /jobs lists them.", code="unknown_job")
     return row
 
 
+def own_job(session: Session, job_id: str, caller: Caller) -> JobRow:
+    """The row of a job that the caller may change, locked. Raises NotFound, Forbidden."""
+    row = find_job(session, job_id, lock=True)
+    caller.require_owner(row.owner)
+    return row
+
+
 def cancel(session: Session, job_id: str, caller: Caller, now: datetime) -> None:
     """End a job: at once where no worker holds it, else as soon as the worker hears of it."""
-    row = find_job(session, job_id)
-    caller.require_owner(row.owner)
+    row = own_job(session, job_id, caller)
     if row.state == JobState.CANCELLED or (row.state in LEASED and row.want == Want.CANCEL):
         return
     if row.state in LEASED:
-        _wish(session, row, Want.CANCEL, Note("cancel_requested", f"{caller.name} asked to cancel."), now)
+        wish(session, row, Want.CANCEL, Note("cancel_requested", f"{caller.name} asked to cancel."), now)
         return
     note = Note("cancelled", f"Cancelled by {caller.name}.")
     _require(
@@ -149,36 +178,63 @@ def cancel(session: Session, job_id: str, caller: Caller, now: datetime) -> None
 
 def pause(session: Session, job_id: str, caller: Caller, now: datetime) -> None:
     """Put a job aside; a running one saves a checkpoint first."""
-    row = find_job(session, job_id)
-    caller.require_owner(row.owner)
+    row = own_job(session, job_id, caller)
+    mine = {"pause_reason": PauseReason.USER, "needs_disk_bytes": None}
+    if row.state == JobState.PAUSED and row.pause_reason == PauseReason.DISK_LOW:
+        update_seen(session, row, mine)  # it shall not go on by itself any more
+        add_event(session, row, Note("paused", f"{caller.name} asked to keep it paused."), now)
+        return
     if row.state == JobState.PAUSED or (row.state in LEASED and row.want == Want.PAUSE):
         return
     if row.state in LEASED and row.want == Want.RUN:
-        _wish(session, row, Want.PAUSE, Note("pause_requested", f"{caller.name} asked to pause."), now)
+        note = Note("pause_requested", f"{caller.name} asked to pause.")
+        wish(session, row, Want.PAUSE, note, now, values=mine)
         return
     note = Note("paused", f"Paused by {caller.name}.")
-    _require(
-        move(session, row, Trigger.PAUSE, now=now, notes=[note], values={"want": Want.PAUSE}), row, "pause"
-    )
+    values = {"want": Want.PAUSE, **mine}
+    _require(move(session, row, Trigger.PAUSE, now=now, notes=[note], values=values), row, "pause")
 
 
 def resume(session: Session, job_id: str, caller: Caller, now: datetime) -> None:
-    """Queue a paused job again, or take back a pause that no worker has heard of yet."""
-    row = find_job(session, job_id)
-    caller.require_owner(row.owner)
+    """Queue a paused job again, or take back a pause that no worker has heard of yet. Raises Conflict where a budget
+    would pause it again at once."""
+    row = own_job(session, job_id, caller)
     holds = row.state in (JobState.QUEUED, JobState.CLAIMED, JobState.RUNNING)
     if holds and row.want == Want.RUN:
         return
+    if row.state == JobState.PAUSED or (holds and row.want == Want.PAUSE):
+        accounts.require_budget(row, accounts.live_attempt(session, row), now)
     if holds and row.want == Want.PAUSE:
-        _wish(session, row, Want.RUN, Note("resumed", f"{caller.name} took the pause back."), now)
+        note = Note("resumed", f"{caller.name} took the pause back.")
+        wish(session, row, Want.RUN, note, now, values={"pause_reason": None})
         return
     note = Note("queued", f"Resumed by {caller.name}; waiting for a worker.")
-    values = {"want": Want.RUN, "not_before": now}
+    values = {"want": Want.RUN, "not_before": now, "queued_at": now}
     _require(move(session, row, Trigger.RESUME, now=now, notes=[note], values=values), row, "resume")
+    lost = dependencies.failed_need(session, row)
+    if lost is not None:  # it ended while this one was put aside
+        queued = find_job(session, row.id, lock=True)
+        _fail_waiting(session, queued, lost, now)
+        _fail_those_waiting_for(session, queued, now)
 
 
-def _wish(session: Session, row: JobRow, want: Want, note: Note, now: datetime) -> None:
-    """Tell the holder of the lease what the user wants."""
+def wish(
+    session: Session,
+    row: JobRow,
+    want: Want,
+    note: Note,
+    now: datetime,
+    *,
+    values: dict[str, Any] | None = None,  # columns to set besides
+) -> None:
+    """Tell the holder of the lease what is wanted of the job."""
+    update_seen(session, row, {"want": want, **(values or {})})
+    add_event(session, row, note, now)
+    touch(session, f"want:{row.id}")
+
+
+def update_seen(session: Session, row: JobRow, values: dict[str, Any]) -> None:  # columns differ by caller
+    """Set columns of a job, if it still stands where it was seen to. Raises Conflict."""
     statement = (
         update(JobRow)
         .where(
@@ -186,13 +242,12 @@ def _wish(session: Session, row: JobRow, want: Want, note: Note, now: datetime) 
             col(JobRow.state) == row.state,
             col(JobRow.want) == row.want,
             col(JobRow.attempt) == row.attempt,
+            col(JobRow.spec) == row.spec,
         )
-        .values(want=want)
+        .values(**values)
     )
     if session.exec(statement).rowcount != 1:
         raise Conflict(f"{row.id} has just changed; try again.", code="changed_meanwhile")
-    add_event(session, row, note, now)
-    touch(session, f"want:{row.id}")
 
 
 def _require(state: JobState | None, row: JobRow, verb: str) -> None:
@@ -224,16 +279,57 @@ def move(
     may_retry: bool = False,
     makes_room: bool = False,
     outcome: str | None = None,
+    reason: str | None = None,
+    message: str | None = None,
+    half_life_seconds: float = accounts.HALF_LIFE_SECONDS,
 ) -> JobState | None:
     """Carry out a row of the state table; None where there is none for this, or the job has changed meanwhile.
 
-    `notes` become events. `outcome` is what the attempt is said to have ended with.
+    `notes` become events. `outcome`, `reason` and `message` tell how the attempt ended, where this ends one;
+    `half_life_seconds` is that of its owner's usage. A job that fails or is cancelled fails those that wait for it.
     """
     facts = Facts(Want(row.want), lost_too_often=lost_too_often, may_retry=may_retry, makes_room=makes_room)
     to = next_state(JobState(row.state), trigger, facts)
     if to is None:
         return None
-    changes: dict[str, Any] = {"state": to, **_settled(to, now), **(values or {})}
+    if not _update_moved(session, row, to, now, values or {}):
+        return None
+    if row.state in LEASED and to not in LEASED:
+        told = message or (notes[0].message if notes else None)
+        ended = accounts.Ending(outcome or str(to), reason, told, now)
+        accounts.end_attempt(session, row, ended, half_life_seconds=half_life_seconds)
+    attempt = (values or {}).get("attempt", row.attempt)
+    for note in notes:
+        add_event(session, row, note, now, attempt=attempt)
+    wakes = to is JobState.QUEUED or (to is JobState.SUCCEEDED and dependencies.is_needed(session, row))
+    touch(session, f"want:{row.id}", *(["queue"] if wakes else []))
+    if to in (JobState.FAILED, JobState.CANCELLED):
+        _fail_those_waiting_for(session, row, now)
+    return to
+
+
+def _fail_those_waiting_for(session: Session, row: JobRow, now: datetime) -> None:
+    """One by one, not by recursion: a chain of jobs may be longer than Python can recurse."""
+    for waiting, needed in dependencies.waiting_for(session, row):
+        _fail_waiting(session, waiting, needed, now)
+
+
+def _fail_waiting(session: Session, row: JobRow, needed: str, now: datetime) -> None:
+    """End a queued job whose turn can never come, since a job that it needs has ended without success."""
+    to = next_state(JobState(row.state), Trigger.DEPENDENCY_FAILED, Facts(Want(row.want)))
+    reason = FailureReason.DEPENDENCY_FAILED
+    message = f"{needed}, which it waits for, has ended without success."
+    values = {"failure_reason": reason, "failure_message": message, "log_tail": []}
+    if to is not None and _update_moved(session, row, to, now, values):
+        note = Note("failed", f"Failed ({reason}): {message}", {"reason": reason, "job_id": needed})
+        add_event(session, row, note, now)
+        touch(session, f"want:{row.id}")
+
+
+def _update_moved(
+    session: Session, row: JobRow, to: JobState, now: datetime, values: dict[str, Any]
+) -> bool:  # values: columns to set besides
+    """The guarded UPDATE of a move: whether the job still stood where it was seen to."""
     statement = (
         update(JobRow)
         .where(
@@ -243,42 +339,23 @@ def move(
             col(JobRow.attempt) == row.attempt,
             col(JobRow.token_sha256).is_not_distinct_from(row.token_sha256),
         )
-        .values(**changes)
+        .values(**{"state": to, **_settled(to, now), **values})
     )
-    if session.exec(statement).rowcount != 1:
-        return None
-    if row.state in LEASED and to not in LEASED:
-        _end_attempt(session, row, outcome or str(to), now)
-    attempt = changes.get("attempt", row.attempt)
-    for note in notes:
-        add_event(session, row, note, now, attempt=attempt)
-    touch(session, f"want:{row.id}", *(["queue"] if to is JobState.QUEUED else []))
-    return to
+    return session.exec(statement).rowcount == 1
 
 
 def _settled(to: JobState, now: datetime) -> dict[str, Any]:
     """Columns that follow from the new state."""
     if to in LEASED:
         return {}
-    settled: dict[str, Any] = {"token_sha256": None, "lease_until": None, "start_by": None}
+    settled: dict[str, Any] = {"token_sha256": None, "lease_until": None, "start_by": None, "yield_to": None}
     if to in TERMINAL:
-        settled["finished_at"] = now
+        settled |= {"finished_at": now, "pause_reason": None, "needs_disk_bytes": None}
     else:
         settled["worker_id"] = None
+    if to is JobState.QUEUED:
+        settled["pause_reason"] = None
     return settled
-
-
-def _end_attempt(session: Session, row: JobRow, outcome: str, now: datetime) -> None:
-    statement = (
-        update(AttemptRow)
-        .where(
-            col(AttemptRow.job) == row.number,
-            col(AttemptRow.attempt) == row.attempt,
-            col(AttemptRow.outcome).is_(None),
-        )
-        .values(outcome=outcome, ended_at=now)
-    )
-    session.exec(statement)
 
 
 def add_event(

@@ -9,7 +9,7 @@ from fastapi.responses import StreamingResponse
 from sqlmodel import Session
 
 from sftd.schemas import Event, JobState, LogLine, Page
-from sftd_server.errors import Invalid
+from sftd_server.errors import Invalid, NotFound
 from sftd_server.jobs.service import find_job
 from sftd_server.server import Server
 
@@ -46,7 +46,11 @@ async def _follow(server: Server, job_id: str, pages: Pages, after: int) -> Asyn
     yield ": open\n\n"
     while not server.stopping:
         signal = server.db.signal(f"job:{job_id}")
-        state, page = await server.db.read(look)  # one snapshot: nothing can come after a terminal state
+        try:
+            state, page = await server.db.read(look)  # one snapshot: nothing can come after a terminal state
+        except NotFound:  # the job was deleted meanwhile
+            yield f"event: end\ndata: {json.dumps({'state': 'deleted'})}\n\n"
+            return
         for item in page.data:
             after = item.id
             yield _frame(item)

@@ -15,7 +15,9 @@ from sftd.protocol import BaseRef, InputFile
 from sftd.spec import JOB_REFERENCE, JobSpec
 from sftd_server.datafolder import DataFolder
 from sftd_server.errors import Invalid
+from sftd_server.jobs import dependencies
 from sftd_server.jobs.service import JobInputs
+from sftd_server.jobs.states import TERMINAL
 from sftd_server.mistakes import Mistake, mistakes_of
 from sftd_server.tables import CheckpointRow, FileRow, JobRow
 
@@ -46,6 +48,8 @@ def check(
         if isinstance(value.get(name), str):
             _find_file(session, found, name, value[name], folder)
     base_model = value.get("base_model")
+    after = spec.after if spec else []
+    found.mistakes += dependencies.mistakes(session, after)
     if isinstance(base_model, str) and not any(mistake.field == "base_model" for mistake in mistakes):
         _find_base(session, found, base_model, value.get("method", "lora"), spec, folder, model_roots)
     named = {mistake.field for mistake in mistakes}
@@ -99,9 +103,12 @@ def _find_base(
         if row is None:
             found.note("base_model", f"there is no job {reference['job_id']!r}; GET /jobs lists them")
             return
+        if step is None and spec is not None and row.id in spec.after and row.state not in TERMINAL:
+            _check_method(found, row, method, spec)  # its result is there when this job's turn comes
+            return
         path = _path_in_job(session, found, row, None if step is None else int(step), folder)
         if path is not None:
-            found.base = _base_of(row, path)
+            found.base = base_of(row, path)
             _check_method(found, row, method, spec)
     elif base_model.startswith("/"):
         _check_local(found, Path(base_model), model_roots)
@@ -119,7 +126,8 @@ def _path_in_job(
         if row.state != "succeeded":
             found.note(
                 "base_model",
-                f"{row.id} is {row.state}; wait until it has succeeded, or name a checkpoint: job:{row.id}@<step>",
+                f"{row.id} is {row.state}; wait until it has succeeded, name it in after as well, or name a checkpoint:"
+                f" job:{row.id}@<step>",
             )
             return None
         path = f"{folder.job_name(row.id)}/results"
@@ -127,7 +135,7 @@ def _path_in_job(
         query = (
             select(CheckpointRow)
             .where(CheckpointRow.job == row.number, CheckpointRow.step == step)
-            .where(col(CheckpointRow.corrupt).is_(False))
+            .where(col(CheckpointRow.corrupt).is_(False), col(CheckpointRow.deleted_at).is_(None))
             .order_by(col(CheckpointRow.attempt).desc())
         )
         checkpoint = session.exec(query).first()
@@ -144,7 +152,8 @@ def _path_in_job(
     return path
 
 
-def _base_of(row: JobRow, path: str) -> BaseRef:
+def base_of(row: JobRow, path: str) -> BaseRef:
+    """A job's result or checkpoint as the base of another job."""
     if row.method not in _ADAPTERS:
         return BaseRef(path=path, is_adapter=False, base_model=path)
     earlier = JobInputs.model_validate(row.inputs).base

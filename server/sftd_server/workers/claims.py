@@ -6,34 +6,41 @@ from datetime import datetime
 
 from sqlmodel import Session, col, select, update
 
-from sftd.protocol import CheckpointRef, Claim, Lease
-from sftd.schemas import JobState, Want
-from sftd.spec import JobSpec
+from sftd.protocol import BaseRef, CheckpointRef, Claim, Lease
+from sftd.schemas import JobState
+from sftd.spec import JOB_REFERENCE, JobSpec
 from sftd_server.errors import Conflict
+from sftd_server.jobs import scheduling
 from sftd_server.jobs.queries import whole_checkpoints
-from sftd_server.jobs.service import JobInputs, Note, move
+from sftd_server.jobs.scheduling import Place
+from sftd_server.jobs.service import JobInputs, Note, find_job, move
 from sftd_server.jobs.states import Trigger
+from sftd_server.jobs.submission import base_of
 from sftd_server.settings import Settings
-from sftd_server.tables import AttemptRow, JobRow, StreamRow
-from sftd_server.workers.leases import deadlines, seen, sha256, start_by
+from sftd_server.tables import AttemptRow, CheckpointRow, JobRow, StreamRow, WorkerRow
+from sftd_server.workers.leases import deadlines, sha256, start_by
+from sftd_server.workers.registry import asked
 
 
-def is_claimable(session: Session, *, gpus: int, now: datetime) -> bool | None:
+def is_claimable(session: Session, *, claim: Claim, settings: Settings, now: datetime) -> bool | None:
     """True where there is a job to claim, else None: a look that costs no write."""
-    return True if _next_job(session, gpus=gpus, now=now) else None
+    place = _place(session, claim)
+    if place.draining:
+        return None
+    return True if next(scheduling.next_jobs(session, place, settings, now), None) else None
 
 
 def claim(session: Session, claim: Claim, *, secret: str, settings: Settings, now: datetime) -> Lease | None:
     """Take the next job, or the same one again where the answer to the same request was lost."""
-    seen(session, claim.worker_id, now)
+    asked(session, claim, now)
     earlier = session.exec(
-        select(AttemptRow).where(
-            AttemptRow.worker_id == claim.worker_id, AttemptRow.request_id == claim.request_id
-        )
+        select(AttemptRow)
+        .where(AttemptRow.worker_id == claim.worker_id, AttemptRow.request_id == claim.request_id)
+        .with_for_update()
     ).first()
     if earlier is not None:
         return _claim_again(session, earlier, secret=secret, settings=settings, now=now)
-    row = _next_job(session, gpus=claim.gpus, now=now)
+    row = _next_job(session, claim, settings, now)
     if row is None:
         return None
     attempt = row.attempt + 1
@@ -43,6 +50,7 @@ def claim(session: Session, claim: Claim, *, secret: str, settings: Settings, no
         "token_sha256": sha256(token),
         "worker_id": claim.worker_id,
         "queue_rank": 0,
+        "inputs": _pinned(session, row).model_dump(mode="json"),
     }
     note = Note("claimed", f"Taken by worker {claim.worker_id}.", {"worker_id": claim.worker_id})
     moved = move(
@@ -56,18 +64,53 @@ def claim(session: Session, claim: Claim, *, secret: str, settings: Settings, no
     if moved is None:
         return None
     _open_attempt(session, row, attempt, claim, sha256(token), now)
-    return _lease(session, row, attempt, token, settings)
+    return _lease(session, find_job(session, row.id), attempt, token, settings)
 
 
-def _next_job(session: Session, *, gpus: int, now: datetime) -> JobRow | None:
-    query = (
-        select(JobRow)
-        .where(JobRow.state == JobState.QUEUED, JobRow.want == Want.RUN)
-        .where(col(JobRow.not_before) <= now, col(JobRow.gpus) <= gpus)
-        .order_by(col(JobRow.priority).desc(), col(JobRow.queue_rank), col(JobRow.number))
-        .limit(1)
+def _next_job(session: Session, claim: Claim, settings: Settings, now: datetime) -> JobRow | None:
+    """The first job for this worker that no other claim is taking at this moment, locked."""
+    place = _place(session, claim)
+    if place.draining:
+        return None
+    for found in scheduling.next_jobs(session, place, settings, now):
+        query = select(JobRow).where(JobRow.number == found.number, scheduling.is_ready(now))
+        row = session.exec(query.with_for_update(skip_locked=True, of=JobRow)).first()
+        if row is not None:
+            return row
+    return None
+
+
+def _place(session: Session, claim: Claim) -> Place:
+    """Who asks. Of a worker that has not registered only its claim is known."""
+    query = select(WorkerRow).where(WorkerRow.id == claim.worker_id, WorkerRow.boot_id == claim.boot_id)
+    row = session.exec(query).first()
+    free, disk = claim.gpus, claim.disk_free_bytes
+    if row is None:
+        return Place(
+            claim.worker_id, claim.boot_id, free, free, claim.protocol, None, {}, disk_free_bytes=disk
+        )
+    return Place(
+        id=row.id,
+        boot_id=row.boot_id,
+        gpus=max(row.gpus, free),
+        free=free,
+        protocol=claim.protocol,
+        gpu_memory_gb=row.gpu_memory_gb,
+        labels=row.labels,
+        draining=row.draining,
+        disk_free_bytes=disk,
     )
-    return session.exec(query).first()
+
+
+def _pinned(session: Session, row: JobRow) -> JobInputs:
+    """What the job reads. A base that was still being made when the job was posted is done now."""
+    inputs = JobInputs.model_validate(row.inputs)
+    reference = JOB_REFERENCE.match(row.base_model)
+    if reference is None or inputs.base is not None:
+        return inputs
+    made_by = find_job(session, reference["job_id"])
+    base: BaseRef = base_of(made_by, f"jobs/{made_by.id}/results")
+    return inputs.model_copy(update={"base": base})
 
 
 def _claim_again(
@@ -108,6 +151,8 @@ def _open_attempt(
             request_id=claim.request_id,
             token_sha256=token_sha256,
             claimed_at=now,
+            gpus=row.gpus,
+            protocol=claim.protocol,
         )
     )
     session.add_all(
@@ -119,7 +164,6 @@ def _open_attempt(
 def _lease(session: Session, row: JobRow, attempt: int, token: str, settings: Settings) -> Lease:
     inputs = JobInputs.model_validate(row.inputs)
     streams = session.exec(select(StreamRow).where(StreamRow.job == row.number, StreamRow.attempt == attempt))
-    checkpoints = whole_checkpoints(session, row.number)
     return Lease(
         job_id=row.id,
         attempt=attempt,
@@ -130,11 +174,28 @@ def _lease(session: Session, row: JobRow, attempt: int, token: str, settings: Se
         training_file=inputs.training_file,
         validation_file=inputs.validation_file,
         base=inputs.base,
-        checkpoints=[
-            CheckpointRef(step=found.step, name=found.name, manifest_sha256=found.manifest_sha256)
-            for found in reversed(checkpoints)
-        ],
+        checkpoints=_checkpoints(session, row),
         next_seq={stream.kind: stream.next_seq for stream in streams},
+    )
+
+
+def _checkpoints(session: Session, row: JobRow) -> list[CheckpointRef]:
+    """What to go on from, newest first: the job's own checkpoints, or those of the job that it goes on from."""
+    own = whole_checkpoints(session, row.number)
+    seed = session.exec(select(JobRow.id).where(JobRow.number == row.seed_job)).first()
+    if own or seed is None:
+        return [_ref(found, None) for found in reversed(own)]
+    first = select(CheckpointRow.step).where(
+        CheckpointRow.job == row.seed_job, CheckpointRow.name == row.seed_checkpoint
+    )
+    last_step = session.exec(first).first() or 0
+    theirs = [found for found in whole_checkpoints(session, row.seed_job) if found.step <= last_step]
+    return [_ref(found, f"jobs/{seed}") for found in reversed(theirs)]
+
+
+def _ref(found: CheckpointRow, folder: str | None) -> CheckpointRef:
+    return CheckpointRef(
+        step=found.step, name=found.name, manifest_sha256=found.manifest_sha256, folder=folder
     )
 
 

@@ -56,6 +56,9 @@ def finish(session: Session, holder: Holder, word: Finish, *, settings: Settings
         values=values,
         may_retry=may_retry,
         outcome=word.state,
+        reason=reason if word.state == "failed" else row.pause_reason if word.state == "paused" else None,
+        message=word.message,
+        half_life_seconds=settings.fair_share_half_life_seconds,
     )
     if moved is None:
         raise Conflict(
@@ -64,17 +67,36 @@ def finish(session: Session, holder: Holder, word: Finish, *, settings: Settings
         )
 
 
-def release(session: Session, holder: Holder, word: Release, *, now: datetime) -> None:
-    """Give the job back: it goes on elsewhere, before all others of its priority. No failure."""
-    if _already_ended(session, holder, "released"):
+def release(session: Session, holder: Holder, word: Release, *, settings: Settings, now: datetime) -> None:
+    """Give the job back: it goes on elsewhere, before all others of its priority. No failure.
+
+    One that made room for another waits its turn like the rest: at the head it would take its place right back.
+    """
+    preempted = word.reason == "preempted"
+    outcome = "preempted" if preempted else "released"
+    if _already_ended(session, holder, outcome):
         return
     row = fenced(session, holder)
-    notes = [Note("released", f"Given back by its worker: {word.message}")]
-    values = {"not_before": now, "queue_rank": _head_rank(session)}
+    notes = [Note("released", f"Given back by its worker: {word.message}", {"reason": word.reason})]
+    values: dict[str, object] = {"not_before": now, "queue_rank": _head_rank(session)}
+    if preempted:
+        notes = [Note("preempted", f"Made room for {row.yield_to}.", {"make_room_for": row.yield_to})]
+        values = {"not_before": now, "queue_rank": 0, "queued_at": now}
     if row.want != Want.RUN:
         notes.append(_settled_note(row))
         values = {}
-    moved = move(session, row, Trigger.RELEASE, now=now, notes=notes, values=values, outcome="released")
+    moved = move(
+        session,
+        row,
+        Trigger.RELEASE,
+        now=now,
+        notes=notes,
+        values=values,
+        outcome=outcome,
+        reason=word.reason,
+        message=word.message,
+        half_life_seconds=settings.fair_share_half_life_seconds,
+    )
     if moved is None:
         raise StaleLease
 
@@ -85,7 +107,7 @@ def _already_ended(session: Session, holder: Holder, outcome: str) -> bool:
         .join(JobRow, and_(col(JobRow.number) == col(AttemptRow.job), col(JobRow.id) == holder.job_id))
         .where(AttemptRow.attempt == holder.attempt, AttemptRow.token_sha256 == holder.token_sha256)
     )
-    return session.exec(query).first() == outcome
+    return session.exec(query.with_for_update(of=AttemptRow)).first() == outcome
 
 
 def _failure_values(
@@ -124,16 +146,28 @@ def wake_due(session: Session, *, now: datetime, since: datetime) -> None:
 def reap(session: Session, *, settings: Settings, now: datetime) -> int:
     """Take back what no worker keeps alive. Returns how many jobs that were."""
     silent = select(JobRow).where(col(JobRow.state).in_(LEASED), col(JobRow.lease_until) < now)
-    lost = list(session.exec(silent))
+    lost = list(session.exec(silent.with_for_update()))
     for row in lost:
         _lose(session, row, settings, now)
     late = select(JobRow).where(JobRow.state == JobState.CLAIMED, col(JobRow.start_by) < now)
-    unstarted = [row for row in session.exec(late) if row.number not in {gone.number for gone in lost}]
+    unstarted = [
+        row
+        for row in session.exec(late.with_for_update())
+        if row.number not in {gone.number for gone in lost}
+    ]
     for row in unstarted:
         notes = [Note("not_started", f"Worker {row.worker_id} took the job but did not start it.")]
         if row.want != Want.RUN:
             notes.append(_settled_note(row))
-        move(session, row, Trigger.NOT_STARTED, now=now, notes=notes, outcome="not_started")
+        move(
+            session,
+            row,
+            Trigger.NOT_STARTED,
+            now=now,
+            notes=notes,
+            outcome="not_started",
+            half_life_seconds=settings.fair_share_half_life_seconds,
+        )
     return len(lost) + len(unstarted)
 
 
@@ -164,6 +198,8 @@ def _lose(session: Session, row: JobRow, settings: Settings, now: datetime) -> N
         values=values,
         lost_too_often=too_often,
         outcome="lost",
+        reason=FailureReason.WORKER_LOST if too_often and row.want == Want.RUN else None,
+        half_life_seconds=settings.fair_share_half_life_seconds,
     )
 
 

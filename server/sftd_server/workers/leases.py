@@ -12,14 +12,17 @@ from datetime import datetime, timedelta
 
 from sqlmodel import Session, col, select, update
 
-from sftd.protocol import Heartbeat
+from sftd.protocol import Directive, Heartbeat
 from sftd.schemas import JobState, Want
 from sftd_server.db import touch
 from sftd_server.errors import Conflict
-from sftd_server.jobs.service import Note, add_event, move
+from sftd_server.jobs import accounts
+from sftd_server.jobs.scheduling import YIELDS_SINCE
+from sftd_server.jobs.service import Note, add_event, move, wish
 from sftd_server.jobs.states import LEASED, Trigger
 from sftd_server.settings import Settings
-from sftd_server.tables import JobRow, WorkerRow
+from sftd_server.tables import AttemptRow, JobRow
+from sftd_server.workers.registry import is_draining, seen
 
 
 class StaleLease(Conflict):
@@ -53,18 +56,26 @@ def fenced(session: Session, holder: Holder) -> JobRow:
         JobRow.token_sha256 == holder.token_sha256,
         col(JobRow.state).in_(LEASED),
     )
-    row = session.exec(query).first()
+    row = session.exec(query.with_for_update()).first()
     if row is None:
         raise StaleLease
     return row
 
 
+def attempt_of(session: Session, row: JobRow) -> AttemptRow:
+    """The attempt that a held job is in."""
+    query = select(AttemptRow).where(AttemptRow.job == row.number, AttemptRow.attempt == row.attempt)
+    return session.exec(query).one()
+
+
 def heartbeat(
     session: Session, holder: Holder, beat: Heartbeat, *, settings: Settings, now: datetime
-) -> Want:
-    """Renew the lease; note that training began; return what the user wants. Only this moves `lease_until`."""
+) -> tuple[Directive, int]:
+    """Renew the lease; note that training began; return what is wanted of the job and its worker, and the protocol
+    that the worker speaks. Only this moves `lease_until`."""
     row = fenced(session, holder)
-    seen(session, row.worker_id, now)
+    attempt = attempt_of(session, row)
+    seen(session, attempt, now)
     changes: dict[str, object] = deadlines(settings, now)
     if beat.step > row.step:
         changes["step"] = beat.step
@@ -78,23 +89,73 @@ def heartbeat(
         )
         .values(**changes)
     )
-    want = Want(row.want)
-    stopping = Note("stopping", f"The worker has been told to {want}.", {"want": want})
+    if keep_budget(session, row, attempt, now):
+        row = fenced(session, holder)
+    directive = _directive(session, row, attempt, settings)
     if beat.started and row.state == JobState.CLAIMED:
-        notes = [Note("running", "Training has begun.")] + ([stopping] if want is not Want.RUN else [])
-        values = {"start_by": None, "started_at": row.started_at or now}
-        move(session, row, Trigger.START, now=now, notes=notes, values=values)
-    elif want is not Want.RUN:
-        move(session, row, Trigger.TELL, now=now, notes=[stopping], values={"start_by": None})
-    return want
+        _start(session, row, attempt, now)
+    elif directive.want is not Want.RUN or directive.make_room:
+        move(
+            session,
+            row,
+            Trigger.TELL,
+            now=now,
+            notes=[_told(row)],
+            values={"start_by": None},
+            makes_room=directive.make_room,
+        )
+    return directive, attempt.protocol
 
 
-def differing_want(session: Session, holder: Holder, seen: Want) -> Want | None:
-    """What the user wants, where it is not what the worker knows, or its lease is over; else None."""
+def keep_budget(session: Session, row: JobRow, attempt: AttemptRow, now: datetime) -> bool:
+    """Have a job paused that has used up a budget. True where its row has changed by that."""
+    spent = accounts.exhausted(row, attempt, now) if row.want == Want.RUN else None
+    if spent is None or row.state not in (JobState.CLAIMED, JobState.RUNNING):
+        return False
+    message = f"Its {spent} of {getattr(row, spent):g} is used up."
+    note = Note("pause_requested", message, {"pause_reason": spent})
+    wish(session, row, Want.PAUSE, note, now, values={"pause_reason": spent, "yield_to": None})
+    return True
+
+
+def has_news(session: Session, holder: Holder, beat: Heartbeat, settings: Settings) -> bool | None:
+    """True where the answer would not be what the worker knows already, or its lease is over; else None."""
     row = session.exec(select(JobRow).where(JobRow.id == holder.job_id)).first()
     if row is None or row.token_sha256 != holder.token_sha256:
-        return seen
-    return Want(row.want) if row.want != seen else None
+        return True
+    return True if differs(_directive(session, row, attempt_of(session, row), settings), beat) else None
+
+
+def differs(directive: Directive, beat: Heartbeat) -> bool:
+    """Does the answer say something that the worker does not know yet?"""
+    known = (beat.seen_want, beat.seen_make_room, beat.seen_draining)
+    return known != (directive.want, directive.make_room, directive.draining)
+
+
+def _directive(session: Session, row: JobRow, attempt: AttemptRow, settings: Settings) -> Directive:
+    """What is wanted. Of a worker that does not know how to make room nothing of the kind is asked."""
+    want, knows = Want(row.want), attempt.protocol >= YIELDS_SINCE
+    return Directive(
+        want=want,
+        lease_seconds=settings.lease_seconds,
+        make_room=knows and want is Want.RUN and row.yield_to is not None,
+        draining=knows and is_draining(session, attempt),
+    )
+
+
+def _start(session: Session, row: JobRow, attempt: AttemptRow, now: datetime) -> None:
+    notes = [Note("running", "Training has begun.")] + ([_told(row)] if row.want != Want.RUN else [])
+    values = {"start_by": None, "started_at": row.started_at or now}
+    if move(session, row, Trigger.START, now=now, notes=notes, values=values) is not None:
+        here = (col(AttemptRow.job) == attempt.job, col(AttemptRow.attempt) == attempt.attempt)
+        session.exec(update(AttemptRow).where(*here).values(started_at=now))
+
+
+def _told(row: JobRow) -> Note:
+    if row.want == Want.RUN:
+        message = f"The worker has been told to make room for {row.yield_to}."
+        return Note("stopping", message, {"want": row.want, "make_room_for": row.yield_to})
+    return Note("stopping", f"The worker has been told to {row.want}.", {"want": row.want})
 
 
 def extend_all(session: Session, *, settings: Settings, now: datetime, note: Note | None = None) -> int:
@@ -120,11 +181,6 @@ def extend_all(session: Session, *, settings: Settings, now: datetime, note: Not
 
 
 # ---------------------------------------------------------------- small questions
-
-
-def seen(session: Session, worker_id: str | None, now: datetime) -> None:
-    """Note that a worker was heard of."""
-    session.exec(update(WorkerRow).where(col(WorkerRow.id) == worker_id).values(seen_at=now))
 
 
 def deadlines(settings: Settings, now: datetime) -> dict[str, object]:

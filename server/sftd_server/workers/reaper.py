@@ -8,6 +8,7 @@ from sftd_server.db import DatabaseClosed
 from sftd_server.jobs.service import Note
 from sftd_server.server import Server
 from sftd_server.workers import endings, leases
+from sftd_server.workers.upkeep import upkeep
 
 JUMP_SECONDS = 2.0
 
@@ -59,7 +60,9 @@ class Reaper:
         await db.write(functools.partial(endings.wake_due, now=wall, since=before))
         if monotonic - self._started < settings.lease_seconds:
             return 0
-        return await db.write(functools.partial(endings.reap, settings=settings, now=wall))
+        num_lost = await db.write(functools.partial(endings.reap, settings=settings, now=wall))
+        await db.write(functools.partial(upkeep, settings=settings, now=wall))
+        return num_lost
 
     async def _extend(self, note: Note | None) -> None:
         work = functools.partial(

@@ -36,7 +36,7 @@ from sftd_server.tables import (
     MetricNameRow,
     StreamRow,
 )
-from sftd_server.workers.leases import Holder, fenced
+from sftd_server.workers.leases import Holder, attempt_of, fenced, keep_budget
 
 
 class RunData(BaseModel):
@@ -58,7 +58,7 @@ class EvaluationData(BaseModel):
     num_tokens: int = Field(ge=0, lt=2**53)
 
 
-def metrics(session: Session, holder: Holder, batch: MetricsBatch) -> int:
+def metrics(session: Session, holder: Holder, batch: MetricsBatch, now: datetime) -> int:
     """Store points; return the number the stream goes on with."""
 
     def store(row: JobRow) -> None:
@@ -75,6 +75,9 @@ def metrics(session: Session, holder: Holder, batch: MetricsBatch) -> int:
             )
         _set_start(session, row, holder.attempt, min(point.step for point in batch.points) - 1)
         _set_progress(session, row, batch.points)
+        if row.max_tokens is not None:
+            fresh = fenced(session, holder)
+            keep_budget(session, fresh, attempt_of(session, fresh), now)
 
     return _append(session, holder, "metrics", batch.seq, batch.points, store)
 
@@ -112,12 +115,11 @@ def events(session: Session, holder: Holder, batch: EventBatch, now: datetime) -
 def checkpoint(session: Session, holder: Holder, report: CheckpointReport, now: datetime) -> None:
     """Put a whole checkpoint on record, or strike one that does not verify any more. Steps only grow."""
     row = fenced(session, holder)
-    query = select(CheckpointRow).where(CheckpointRow.job == row.number, CheckpointRow.name == report.name)
-    known = session.exec(query).first()
     if report.corrupt:
-        if known is not None and known.step == report.step and not known.corrupt:
-            _strike(session, row, known, now)
+        _strike(session, row, report, now)
         return
+    query = select(CheckpointRow).where(CheckpointRow.job == row.number, CheckpointRow.name == report.name)
+    known = session.exec(query.with_for_update()).first()
     if known is not None and known.manifest_sha256 == report.manifest_sha256 and not known.corrupt:
         return
     newest = session.exec(
@@ -296,12 +298,16 @@ def _set_start(session: Session, row: JobRow, attempt: int, start_step: int) -> 
 # ---------------------------------------------------------------- checkpoints
 
 
-def _strike(session: Session, row: JobRow, known: CheckpointRow, now: datetime) -> None:
-    session.exec(
-        update(CheckpointRow)
-        .where(col(CheckpointRow.job) == known.job, col(CheckpointRow.name) == known.name)
-        .values(corrupt=True)
+def _strike(session: Session, row: JobRow, report: CheckpointReport, now: datetime) -> None:
+    """Strike a checkpoint: the job's own, or that of the job which it goes on from."""
+    wanted = (
+        col(CheckpointRow.job).in_([row.number, row.seed_job]),
+        col(CheckpointRow.name) == report.name,
+        col(CheckpointRow.step) == report.step,
+        col(CheckpointRow.manifest_sha256) == report.manifest_sha256,
+        col(CheckpointRow.corrupt).is_(False),
     )
-    data = {"step": known.step, "name": known.name}
-    message = f"The checkpoint of step {known.step} does not verify any more; it is not used again."
-    add_event(session, row, Note("checkpoint_corrupt", message, data), now)
+    if session.exec(update(CheckpointRow).where(*wanted).values(corrupt=True)).rowcount:
+        data = {"step": report.step, "name": report.name}
+        message = f"The checkpoint of step {report.step} does not verify any more; it is not used again."
+        add_event(session, row, Note("checkpoint_corrupt", message, data), now)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Header, Path, Request, Response
 from sqlmodel import Session
 
 from sftd.protocol import (
+    PROTOCOL,
     TOKEN_HEADER,
     CheckpointReport,
     Claim,
@@ -24,13 +25,15 @@ from sftd.protocol import (
     Release,
     Welcome,
 )
+from sftd_server.db import MAX_BATCH
 from sftd_server.errors import Unavailable, error_responses
 from sftd_server.server import Server, server_of
 from sftd_server.strict_json import StrictRoute
-from sftd_server.workers import claims, endings, leases, registry, reports
+from sftd_server.workers import claims, endings, leases, registry, reports, versions
 from sftd_server.workers.leases import Holder
 
-T = TypeVar("T")
+MAX_PACE_SECONDS = 30.0
+
 ServerDep = Annotated[Server, Depends(server_of)]
 JobId = Annotated[str, Path(max_length=64)]
 Token = Annotated[
@@ -42,21 +45,32 @@ router = APIRouter(
 )
 
 
-@router.post("/register", responses=error_responses(409, 413))
-async def register(hello: Hello, server: ServerDep) -> Welcome:
-    """Say who a worker is. 409 where it sees another data folder than the server's."""
+@router.post("/register", response_model=Welcome, responses=error_responses(409, 413, 426))
+async def register(hello: Hello, server: ServerDep) -> Response:
+    """Say who a worker is. 409 where it sees another data folder than the server's, 426 where it is of a version that
+    is not served."""
+    registry.check_protocol(hello.worker_id, hello.protocol)
     registry.check_installation(hello, server.installation_id)
     await server.db.write(functools.partial(registry.register, hello=hello, now=server.clock.now()))
-    return Welcome(lease_seconds=server.settings.lease_seconds, installation_id=server.installation_id)
+    welcome = Welcome(
+        lease_seconds=server.settings.lease_seconds,
+        installation_id=server.installation_id,
+        protocol=PROTOCOL,
+    )
+    return versions.answer(welcome, protocol=hello.protocol)
 
 
 @router.post(
     "/claim",
     response_model=Lease,
-    responses={204: {"description": "There is no job for this worker now."}, **error_responses(409, 413)},
+    responses={
+        204: {"description": "There is no job for this worker now."},
+        **error_responses(409, 413, 426),
+    },
 )
-async def claim(request: Request, message: Claim, server: ServerDep) -> Lease | Response:
+async def claim(request: Request, message: Claim, server: ServerDep) -> Response:
     """Take the next job. Held open up to `wait_seconds`; the same `request_id` again brings the same lease."""
+    registry.check_protocol(message.worker_id, message.protocol)
 
     async def take() -> Lease | None:
         if server.stopping:
@@ -70,40 +84,41 @@ async def claim(request: Request, message: Claim, server: ServerDep) -> Lease | 
     async def take_if_any() -> Lease | None:
         if await request.is_disconnected():  # a job must not go to a worker that has hung up
             return None
-        look = functools.partial(claims.is_claimable, gpus=message.gpus, now=server.clock.now())
+        now = server.clock.now()
+        look = functools.partial(claims.is_claimable, claim=message, settings=server.settings, now=now)
         return await take() if await server.db.read(look) else None
 
     lease = await take() or await server.wait_for("queue", take_if_any, seconds=message.wait_seconds)
-    return lease or Response(status_code=204)
+    return versions.answer(lease, protocol=message.protocol) if lease else Response(status_code=204)
 
 
-@router.post("/jobs/{job_id}/heartbeat", responses=error_responses(409, 413))
-async def heartbeat(job_id: JobId, message: Heartbeat, token: Token, server: ServerDep) -> Directive:
-    """Renew the lease and hear what the user wants; the answer waits until that differs from `seen_want`."""
+@router.post("/jobs/{job_id}/heartbeat", response_model=Directive, responses=error_responses(409, 413))
+async def heartbeat(job_id: JobId, message: Heartbeat, token: Token, server: ServerDep) -> Response:
+    """Renew the lease and hear what is wanted; the answer waits until that differs from what the worker has seen."""
     holder = leases.holder(job_id, message.attempt, token)
 
-    async def beat(message: Heartbeat) -> Directive:
+    async def beat() -> tuple[Directive, int]:
         now = server.clock.now()
         work = functools.partial(
             leases.heartbeat, holder=holder, beat=message, settings=server.settings, now=now
         )
-        want = await server.db.write(work)
-        return Directive(want=want, lease_seconds=server.settings.lease_seconds)
+        directive, protocol = await server.db.write(work)
+        return directive.model_copy(update={"next_upload_seconds": _pace(server)}), protocol
 
-    directive = await beat(message)
-    if directive.want != message.seen_want or message.wait_seconds == 0:
-        return directive
-    look = functools.partial(leases.differing_want, holder=holder, seen=message.seen_want)
-    differs = await server.wait_for(
-        f"want:{job_id}", lambda: server.db.read(look), seconds=message.wait_seconds
-    )
-    return directive if differs is None else await beat(message)
+    directive, protocol = await beat()
+    if not leases.differs(directive, message) and message.wait_seconds > 0:
+        look = functools.partial(leases.has_news, holder=holder, beat=message, settings=server.settings)
+        topic = f"want:{job_id}"
+        if await server.wait_for(topic, lambda: server.db.read(look), seconds=message.wait_seconds):
+            directive, protocol = await beat()
+    return versions.answer(directive, protocol=protocol)
 
 
 @router.post("/jobs/{job_id}/metrics", responses=error_responses(409, 413, 416))
 async def metrics(job_id: JobId, message: MetricsBatch, token: Token, server: ServerDep) -> NextSeq:
     """Report metric points. A batch sent twice lands once."""
-    return await _append(server, reports.metrics, job_id, message, token)
+    store = functools.partial(reports.metrics, now=server.clock.now())
+    return await _append(server, store, job_id, message, token)
 
 
 @router.post("/jobs/{job_id}/logs", responses=error_responses(409, 413, 416))
@@ -146,8 +161,16 @@ async def release(job_id: JobId, message: Release, token: Token, server: ServerD
     """Give the job back unfinished; it goes on elsewhere."""
     holder = leases.holder(job_id, message.attempt, token)
     now = server.clock.now()
-    await server.db.write(lambda session: endings.release(session, holder, message, now=now))
+    await server.db.write(
+        lambda session: endings.release(session, holder, message, settings=server.settings, now=now)
+    )
     return Ok()
+
+
+def _pace(server: Server) -> float | None:
+    """How far apart a worker shall report while more writes wait than one transaction takes."""
+    waiting = server.db.num_waiting
+    return None if waiting < MAX_BATCH else min(MAX_PACE_SECONDS, waiting / MAX_BATCH)
 
 
 Batch = TypeVar("Batch", MetricsBatch, LogBatch, EventBatch)

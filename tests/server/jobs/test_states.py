@@ -59,7 +59,7 @@ def test_a_failure_that_may_be_retried_queues_the_job_only_while_its_user_wants_
         assert next_state(JobState(state), Trigger.FINISH_FAILED, facts) == to
 
 
-@pytest.mark.parametrize("state", ("claimed", "running"))
+@pytest.mark.parametrize("state", ["claimed", "running"])
 def test_a_job_that_shall_make_room_is_stopping_once_its_worker_is_told(state: str) -> None:
     assert next_state(JobState(state), Trigger.TELL, Facts(makes_room=True)) == "stopping"
 

@@ -86,7 +86,8 @@ def test_a_worker_that_sees_another_data_folder_is_refused(box, assert_error) ->
 
 
 def test_a_worker_is_listed_with_the_jobs_it_holds(box) -> None:
-    box.worker.post("/worker/register", json={"worker_id": "w1", "boot_id": "b", "gpus": 2, "device": "cuda"})
+    hello = {"worker_id": "w1", "boot_id": "b1", "gpus": 2, "device": "cuda"}
+    box.worker.post("/worker/register", json=hello)
     lease = box.running()
 
     assert box.admin.get("/workers").json()["data"][0]["job_ids"] == [lease.job_id]

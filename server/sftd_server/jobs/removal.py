@@ -1,0 +1,113 @@
+"""Deleting jobs: their rows in one transaction, then their folders.
+
+A note is left beside the folders before the rows go, and taken away when the folder is renamed out of sight; so a
+server that dies in between finds at its next start what is left to remove.
+"""
+
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+from sqlmodel import Session, col, delete, select
+
+from sftd.schemas import JobState
+from sftd.spec import JOB_REFERENCE
+from sftd_server.auth import Caller
+from sftd_server.db import touch
+from sftd_server.errors import Conflict
+from sftd_server.ids import new_id
+from sftd_server.jobs import dependencies
+from sftd_server.jobs.service import JobInputs, own_job
+from sftd_server.jobs.states import TERMINAL
+from sftd_server.tables import JobRow
+
+TRASH = ".trash-"
+_NOTE = ".delete-"
+_JOB_ID = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
+
+log = logging.getLogger("sftd.server")
+
+
+def remove(session: Session, job_id: str, caller: Caller) -> None:
+    """Take a job and all that is recorded of it out of the database. Raises Conflict while it runs or is needed."""
+    row = own_job(session, job_id, caller)
+    if row.state not in (*TERMINAL, JobState.PAUSED, JobState.QUEUED):
+        raise Conflict(f"{job_id} is {row.state}; cancel it first, then delete it.", code="wrong_state")
+    needed_by = dependencies.needed_by(session, row) or _referred_to_by(session, row)
+    if needed_by is not None:
+        raise Conflict(
+            f"{job_id} is needed by {needed_by}, which is not over; cancel that one or wait for it.",
+            code="job_needed",
+        )
+    here = (col(JobRow.number) == row.number, col(JobRow.state) == row.state)
+    if session.exec(delete(JobRow).where(*here, col(JobRow.attempt) == row.attempt)).rowcount != 1:
+        raise Conflict(f"{job_id} has just changed; try again.", code="changed_meanwhile")
+    touch(session, f"job:{job_id}", "queue")
+
+
+def _referred_to_by(session: Session, row: JobRow) -> str | None:
+    """The id of a job that is not over and reads this one's files: as its base, or as the run that it goes on with."""
+    theirs = (col(JobRow.state).not_in(list(TERMINAL)), col(JobRow.number) != row.number)
+    seeded = session.exec(select(JobRow.id).where(*theirs, JobRow.seed_job == row.number)).first()
+    if seeded is not None:
+        return seeded
+    prefix = f"jobs/{row.id}/"
+    for other in session.exec(select(JobRow).where(*theirs, col(JobRow.base_model).like("job:%"))):
+        reference = JOB_REFERENCE.match(other.base_model)
+        base = JobInputs.model_validate(other.inputs).base
+        paths = (base.path, base.base_model) if base else ()
+        named = reference is not None and reference["job_id"] == row.id
+        if named or any(path.startswith(prefix) for path in paths):
+            return other.id
+    return None
+
+
+# ---------------------------------------------------------------- folders
+
+
+def note(jobs: Path, job_id: str) -> Path:
+    """Write down that a job's folder is to go with its rows."""
+    path = jobs / f"{_NOTE}{job_id}"
+    path.touch(mode=0o600)
+    return path
+
+
+def put_away(jobs: Path, job_id: str) -> Path | None:
+    """Rename a job's folder out of sight, and take the note back. Where it is now; None if there was none."""
+    trash: Path | None = jobs / f"{TRASH}{job_id}-{new_id('t')}"
+    assert trash is not None
+    try:
+        os.rename(jobs / job_id, trash)
+    except FileNotFoundError:
+        trash = None
+    (jobs / f"{_NOTE}{job_id}").unlink(missing_ok=True)
+    return trash
+
+
+def empty(trash: Path) -> None:
+    """Delete a folder that was put away. What cannot be deleted is tried again at the next start."""
+    shutil.rmtree(trash, onerror=lambda _, path, error: log.warning("%s stays: %s", path, error[1]))
+
+
+def noted(jobs: Path) -> list[str]:
+    """Ids of jobs whose folder was to go when a server died."""
+    ids = [path.name.removeprefix(_NOTE) for path in jobs.glob(f"{_NOTE}*")]
+    return [job_id for job_id in ids if _JOB_ID.match(job_id)]
+
+
+def existing(session: Session, job_ids: list[str]) -> set[str]:
+    """Those of the jobs that are still on record."""
+    return set(session.exec(select(JobRow.id).where(col(JobRow.id).in_(job_ids))))
+
+
+def sweep(jobs: Path, kept: set[str]) -> None:
+    """At a start: finish what was begun. A noted job in `kept` was not deleted after all."""
+    for job_id in noted(jobs):
+        if job_id in kept:
+            (jobs / f"{_NOTE}{job_id}").unlink(missing_ok=True)
+        else:
+            put_away(jobs, job_id)
+    for trash in jobs.glob(f"{TRASH}*"):
+        empty(trash)
