@@ -14,16 +14,18 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import FrameType
-from uuid import uuid4
 
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError
 
 import sftd
 from sftd.discovery import remember_server
-from sftd_server import docs, keys, migrations, status
+from sftd_server import docs, installation, keys, migrations, status
 from sftd_server.clock import Clock
-from sftd_server.datafolder import DataFolderInUse
+from sftd_server.datafolder import StartRefused, require_local
 from sftd_server.errors import install_error_handlers
 from sftd_server.files import router as files_router
 from sftd_server.gate import Gate
@@ -39,7 +41,7 @@ log = logging.getLogger("sftd.server")
 
 def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
     """The server as an ASGI app. Nothing is read or written before its lifespan begins."""
-    server = Server(settings, clock or Clock())
+    server = Server(settings, clock)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -67,23 +69,26 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
 @contextlib.asynccontextmanager
 async def running(server: Server) -> AsyncIterator[None]:
     """The server's life: lock, migrate, load; then the reaper beside the requests; then stop cleanly."""
-    server.folder.prepare()
-    lock = server.folder.lock()
+    lock = take_folder(server)
     try:
-        server.folder.clear_tmp()
         await asyncio.to_thread(migrations.upgrade, server.db.engine)
         server.db.start()
-        await _load_secrets(server)
+        await server.set_clock()
+        await installation.load(server)
         await _finish_removals(server)
         reaper = Reaper(server)
         await reaper.begin()
-        looking = asyncio.create_task(reaper.run(), name="reaper")
+        beside = [asyncio.create_task(reaper.run(), name="reaper")]
+        if server.db.shared:
+            beside.append(asyncio.create_task(server.keyring.follow(), name="keys"))
         try:
             yield
         finally:
             server.begin_stop()
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+            await reaper.end()
             await server.db.stop()
     finally:
         os.close(lock)
@@ -97,19 +102,15 @@ async def _finish_removals(server: Server) -> None:
     server.in_background(asyncio.to_thread(removal.sweep, jobs, kept))
 
 
-async def _load_secrets(server: Server) -> None:
-    """Read the keys and secrets of this installation; make them at the first start."""
-    folder, settings = server.folder, server.settings
-    server.secret = folder.secret("server.secret")
-    if not (folder.path / "installation.id").exists():
-        folder.write_secret("installation.id", f"inst_{uuid4().hex}")
-    server.installation_id = folder.secret("installation.id")
-    if settings.admin_key is not None:
-        admin_key = settings.admin_key.get_secret_value()
-    else:
-        admin_key = folder.secret("admin.key", prefix="sftd-", bits=192)
-    await server.keyring.install("admin", admin_key)
-    await server.keyring.install("worker", folder.secret("worker.key", prefix="sftd-", bits=192))
+def take_folder(server: Server) -> int:
+    """Make the data folder, and take it: alone with SQLite, with others with PostgreSQL. Raises StartRefused."""
+    server.folder.prepare()
+    shared = server.db.shared
+    if not shared:
+        require_local(Path(make_url(server.settings.database_url).database or ""))
+    lock = server.folder.lock(shared=shared)
+    server.folder.clear_tmp(shared=shared)
+    return lock
 
 
 class UvicornServer(uvicorn.Server):
@@ -136,11 +137,12 @@ def _announce(server: Server, host: str, port: int) -> None:
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
     given = server.settings.admin_key is not None
-    where = (
-        "the admin's key is the one in SFTD_ADMIN_KEY"
-        if given
-        else f"the admin's key is in {server.folder.admin_key}"
-    )
+    if given:
+        where = "the admin's key is the one in SFTD_ADMIN_KEY"
+    elif server.folder.admin_key.exists():
+        where = f"the admin's key is in {server.folder.admin_key}"
+    else:
+        where = "the admin's key is the one that its first server made"
     print(f"sftd-server {sftd.__version__} listens on {url}; docs at {url}/docs; {where}", flush=True)
     remember_server(url=url, key_file=server.folder.admin_key)
 
@@ -160,16 +162,17 @@ def main() -> None:
     try:
         settings = read_settings(os.environ, **vars(arguments))
         run(settings)
-    except (SettingsError, DataFolderInUse) as error:
+    except (SettingsError, StartRefused) as error:
         sys.exit(f"sftd-server: {error}")
 
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     app = create_app(settings)
-    folder = app.state.server.folder
-    folder.prepare()
-    os.close(folder.lock())  # a second server is told so in a sentence; the lifespan takes the lock for good
+    os.close(
+        take_folder(app.state.server)
+    )  # what stands in the way is told in a sentence; the lifespan takes it for good
+    _require_database(app.state.server)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -188,6 +191,17 @@ def run(settings: Settings) -> None:
     serving.run()
     if not serving.started:
         sys.exit(3)
+
+
+def _require_database(server: Server) -> None:
+    """A database that does not answer is told in a sentence. Raises StartRefused."""
+    try:
+        with server.db.engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+    except DBAPIError as error:
+        shown = make_url(server.settings.database_url).render_as_string(hide_password=True)
+        said = " ".join(str(error.orig).split())
+        raise StartRefused(f"The database {shown} does not answer: {said}. See SFTD_DATABASE_URL.") from None
 
 
 if __name__ == "__main__":

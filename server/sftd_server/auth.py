@@ -1,13 +1,15 @@
 """Who is calling: access keys, their roles, and what each role may do.
 
-Every path but /healthz needs a key. Keys are compared by their sha256 and held in memory: they are few, and this
-process alone changes them. Worker keys open /worker/… and nothing else; other keys open everything but that.
+Every path but /healthz needs a key. Keys are compared by their sha256 and held in memory: they are few. Where servers
+share a database, each reads them anew when another has changed them. Worker keys open /worker/… and nothing else; other keys open everything but that.
 """
 
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
+import logging
 import secrets
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -18,13 +20,16 @@ from starlette.datastructures import Headers
 
 from sftd.schemas import Key, KeyRequest, NewKey
 from sftd_server.clock import Clock
-from sftd_server.db import Database
+from sftd_server.db import Database, touch
 from sftd_server.errors import Conflict, Forbidden, NotFound, Unauthorized
 from sftd_server.ids import new_id
 from sftd_server.tables import KeyRow
 
 OPEN_PATHS = {"/healthz"}
+_TOPIC = "keys"
 _BUILT_IN = {"admin": "key_admin", "worker": "key_worker"}
+
+log = logging.getLogger("sftd.server")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,23 @@ class Keyring:
             rows = await self._db.read(lambda session: session.exec(select(KeyRow)).all())
             self._by_hash = {row.secret_sha256: row for row in rows}
 
+    async def follow(self) -> None:
+        """Read the keys again whenever another server has changed them, until cancelled."""
+        while True:
+            changed = self._db.signal(_TOPIC)
+            try:
+                await self.load()
+                await changed.wait()
+            except Exception as error:  # once the database is back, everybody who waits is woken
+                log.warning("the keys could not be read again: %s", error)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), 1)
+
+    async def has_built_in(self, role: str) -> bool:
+        """Whether the built-in key of a role has been made."""
+        await self.load()
+        return any(row.id == _BUILT_IN[role] for row in self._by_hash.values())
+
     async def install(self, role: str, secret: str) -> None:
         """Make `secret` the built-in key of a role, in place of any earlier one."""
         await self.load()
@@ -71,6 +93,7 @@ class Keyring:
         def work(session: Session) -> None:
             session.exec(delete(KeyRow).where(col(KeyRow.id) == row.id))
             session.add(KeyRow(**row.model_dump()))
+            touch(session, _TOPIC)
 
         await self._db.write(work)
         await self.load()
@@ -89,6 +112,7 @@ class Keyring:
                     f"There is a key named {row.name!r}; names are unique.", code="name_taken", param="name"
                 )
             session.add(KeyRow(**row.model_dump()))
+            touch(session, _TOPIC)
 
         await self._db.write(work)
         await self.load()
@@ -107,6 +131,7 @@ class Keyring:
             )
 
         def work(session: Session) -> int:
+            touch(session, _TOPIC)
             return session.exec(delete(KeyRow).where(col(KeyRow.id) == key_id)).rowcount
 
         if not await self._db.write(work):

@@ -1,20 +1,67 @@
 """The data folder: what lies where, who may read it, and one server at a time.
 
-sftd.db  admin.key  worker.key  server.secret  installation.id
+sftd.db  admin.key  worker.key  installation.id  (server.secret: of older installations)
 blobs/sha256/<2>/<sha>  jobs/<id>/  models/  locks/  cache/  tmp/
 """
 
+import asyncio
 import fcntl
 import os
+import re
 import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 _FOLDERS = ("blobs/sha256", "jobs", "models", "locks", "cache", "tmp")
 
 
-class DataFolderInUse(Exception):
+_NETWORK_TYPES = {
+    *(
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "ncpfs",
+        "afs",
+        "ceph",
+        "glusterfs",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "davfs",
+    ),
+    *(
+        "fuse.sshfs",
+        "fuse.glusterfs",
+        "fuse.ceph-fuse",
+        "fuse.s3fs",
+        "fuse.gcsfuse",
+        "fuse.rclone",
+        "fuse.goofys",
+    ),
+    *("fuse.mount-s3", "fuse.juicefs", "fuse.curlftpfs", "fuse.smbnetfs", "fuse.nfs", "fuse.davfs2"),
+}
+_OCTAL = re.compile(r"\\([0-7]{3})")  # how a list of mounts writes a space
+_ABANDONED_SECONDS = 3600.0  # an upload that stalls is given up long before
+
+
+class StartRefused(Exception):
+    """The server does not start. The message says why and what to do."""
+
+
+class DataFolderInUse(StartRefused):
     """Another server runs on this data folder."""
+
+
+class OtherInstallation(StartRefused):
+    """The data folder and the database belong to different installations."""
+
+
+class NetworkFileSystem(StartRefused):
+    """SQLite would lie on a network file system, whose locks and caches it cannot rely on."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +96,27 @@ class DataFolder:
         for name in _FOLDERS:
             (self.path / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def clear_tmp(self) -> None:
-        """Remove what uploads left behind when a server died. Call it under the lock."""
-        for left in self.tmp.glob("upload-*"):
-            left.unlink(missing_ok=True)
+    def clear_tmp(self, *, shared: bool = False) -> None:
+        """Remove what uploads left behind when a server died. Call it under the lock.
 
-    def lock(self) -> int:
-        """Take the folder for this process; the lock ends with it. Raises DataFolderInUse."""
+        Where other servers may be using the folder, only what nobody has written to for long is surely left behind.
+        """
+        before = time.time() - _ABANDONED_SECONDS if shared else float("inf")
+        for left in self.tmp.glob("upload-*"):
+            try:
+                if left.stat().st_mtime < before:
+                    left.unlink()
+            except FileNotFoundError:  # another server was quicker
+                continue
+
+    def lock(self, *, shared: bool = False) -> int:
+        """Take the folder for this process, or with others that share a database; the lock ends with the process.
+
+        Raises DataFolderInUse.
+        """
         handle = os.open(self.path / "locks" / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
             os.close(handle)
             raise DataFolderInUse(
@@ -66,15 +124,18 @@ class DataFolder:
             ) from None
         return handle
 
+    def read(self, name: str) -> str | None:
+        """What stands in a secret file; None where there is none."""
+        try:
+            return (self.path / name).read_text().strip() or None
+        except FileNotFoundError:
+            return None
+
     def secret(self, name: str, *, prefix: str = "", bits: int = 256) -> str:
         """The content of a secret file, made at first use, readable by the owner only."""
-        path = self.path / name
-        try:
-            found = path.read_text().strip()
-            if found:
-                return found
-        except FileNotFoundError:
-            pass
+        found = self.read(name)
+        if found is not None:
+            return found
         made = prefix + secrets.token_hex(bits // 8)
         self.write_secret(name, made)
         return made
@@ -89,6 +150,78 @@ class DataFolder:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path / name)
+
+
+class FolderLock:
+    """A lock among the tasks of this process and, where it is shared, among all servers on the folder.
+
+    `async with lock: …`; what is held ends with the process.
+    """
+
+    def __init__(self, path: Path, *, shared: bool) -> None:
+        self._path = path
+        self._shared = shared
+        self._here = asyncio.Lock()
+        self._handle = -1
+
+    async def __aenter__(self) -> None:
+        await self._here.acquire()
+        if self._shared:
+            waiting = asyncio.ensure_future(asyncio.to_thread(self._wait))
+            try:
+                self._handle = await asyncio.shield(waiting)
+            except BaseException:
+                waiting.add_done_callback(_close_lock)  # the thread gets the lock all the same, later
+                self._here.release()
+                raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._shared:
+            os.close(self._handle)
+        self._here.release()
+
+    def _wait(self) -> int:
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
+
+
+def _close_lock(waiting: "asyncio.Future[int]") -> None:
+    if not waiting.cancelled() and waiting.exception() is None:
+        os.close(waiting.result())
+
+
+def require_local(file: Path, mounts: str | None = None) -> None:
+    """Refuse a database file on a network file system. Raises NetworkFileSystem.
+
+    `mounts` is the text of /proc/self/mountinfo, where it is not to be read.
+    """
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
+        except OSError:
+            return  # another system; it cannot be told
+    real = Path(os.path.realpath(file))
+    kind, longest = "", -1
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        point = Path(_OCTAL.sub(lambda found: chr(int(found[1], 8)), before.split(" ")[4]))
+        if real.is_relative_to(point) and len(point.parts) >= longest:  # a later mount covers an earlier one
+            kind, longest = after.split(" ")[0], len(point.parts)
+    if kind in _NETWORK_TYPES:
+        raise NetworkFileSystem(
+            f"{file} would lie on a network file system ({kind}), where SQLite can lose data: put the data folder on a"
+            " local disk, give SFTD_DATABASE_URL=sqlite:///<path on a local disk>, or use PostgreSQL."
+        )
 
 
 def open_beneath(folder: Path, name: str) -> int:

@@ -3,25 +3,34 @@
 `await db.write(fn)` puts `fn(session)` in a queue; the writer drains it, up to 256 items to a transaction, a savepoint
 for each, one COMMIT (one fdatasync), and answers only then. An item that raises takes back its own work and no
 other's. `await db.read(fn)` sees one consistent snapshot and cannot write. Neither may return anything lazy.
+
+On PostgreSQL other servers write as well. Work that decides on what it reads locks those rows (`with_for_update`, which
+means nothing on SQLite); where another server comes between all the same, the work is done anew, by itself. So `fn` may be
+called more than once: it makes the rows that it adds, and keeps nothing from one call to the next.
 """
 
 import asyncio
 import logging
 import queue
+import random
+import secrets
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
-from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.pool import QueuePool
 from sqlmodel import Session
+
+from sftd_server.engines import NUM_READERS, Failure, failure, in_transaction, is_shared
+from sftd_server.engines import make_engine as make_engine
+from sftd_server.notices import Listener, announce
 
 T = TypeVar("T")
 MAX_BATCH = 256
-NUM_READERS = 4
+MAX_TRIES = 10  # of one piece of work, where other servers are in its way
 _TOUCHED = "touched"  # in session.info: the topics that this transaction changes
 
 # An UPDATE leaves the objects that were read before it as they were read; a SELECT reads anew.
@@ -49,15 +58,19 @@ class _Item(Generic[T]):
 
 
 class Database:
-    """Owns the SQLite file. Made before the event loop runs; `start` and `stop` belong to the app's life."""
+    """This process's way to the database. Made before the event loop runs; `start` and `stop` belong to the app's life."""
 
     def __init__(self, url: str) -> None:
+        self.id = secrets.token_hex(8)  # of this process, among those that share the database
+        self.shared = is_shared(url)
         self.engine = make_engine(url)
+        self._url = url
         self._read_engine = make_engine(url, query_only=True)
         self._queue: queue.SimpleQueue[_Item[Any] | None] = queue.SimpleQueue()  # any result type
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="reader")
         self._writer = threading.Thread(target=self._write_forever, name="writer", daemon=True)
         self._signals: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
+        self._listener: Listener | None = None
         self._closed = False
         self.num_commits = 0
         self.num_writes = 0
@@ -68,8 +81,17 @@ class Database:
         return self._queue.qsize()
 
     def start(self) -> None:
-        """Begin to write."""
+        """Begin to write, and to hear what other servers write. Called in the event loop."""
         self._writer.start()
+        if self.shared:
+            call = asyncio.get_running_loop().call_soon_threadsafe
+            self._listener = Listener(
+                self._url,
+                self.id,
+                lambda topics: _unless_gone(call, self._wake, topics),
+                lambda: _unless_gone(call, self.wake_all),
+            )
+            self._listener.start()
 
     async def stop(self) -> None:
         """Finish what is queued, fold the WAL into the database, close. Later writes raise DatabaseClosed."""
@@ -77,12 +99,15 @@ class Database:
         self._queue.put(None)
         await asyncio.to_thread(self._writer.join)
         await asyncio.to_thread(self._readers.shutdown)
+        if self._listener is not None:
+            await asyncio.to_thread(self._listener.close)
         self._read_engine.dispose()
-        with self.engine.connect() as connection:
-            connection.rollback()
-            raw = connection.connection.driver_connection
-            assert raw is not None
-            raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if not self.shared:
+            with self.engine.connect() as connection:
+                connection.rollback()
+                raw = connection.connection.driver_connection
+                assert raw is not None
+                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.engine.dispose()
 
     async def write(self, work: Callable[[Session], T]) -> T:
@@ -136,26 +161,49 @@ class Database:
         return items, True
 
     def _write_batch(self, items: list[_Item[Any]]) -> None:  # items of any result type
+        for item in self._transact(items, tries=1):
+            for tries in range(2, MAX_TRIES + 1):
+                if not self._transact([item], tries=tries):
+                    break
+                time.sleep(random.uniform(0, 0.05 * tries))
+
+    def _transact(self, items: list[_Item[Any]], *, tries: int) -> list[_Item[Any]]:
+        """One transaction, and its answers. Returns the items to be done anew, of which nothing has happened."""
         outcomes: list[Callable[[], None]] = []
+        again: list[_Item[Any]] = []
         topics: set[str] = set()
         try:
             with Session(self.engine, expire_on_commit=False, execution_options=_PLAIN) as session:
                 for item in items:
-                    outcomes.append(self._write_one(session, item, topics))
+                    outcome = self._write_one(session, item, topics, first=tries == 1)
+                    if outcome is None:
+                        again.append(item)
+                    else:
+                        outcomes.append(outcome)
+                if self.shared and topics:
+                    announce(session, self.id, topics)
                 session.commit()
         except Exception as error:  # the commit itself failed: none of them happened
-            log.exception("a transaction of %d writes failed", len(items))
-            outcomes = [_failure(item, error) for item in items]
+            why = failure(error)
+            if why is Failure.OVERTAKEN and tries < MAX_TRIES:
+                return items
+            if why in (Failure.AWAY, Failure.OVERTAKEN):
+                log.warning("%d writes are refused, the database is %s: %s", len(items), why, error)
+            else:
+                log.exception("a transaction of %d writes failed", len(items))
+            outcomes, again = [_failure(item, error) for item in items], []
             topics = set()
         self.num_commits += 1
-        self.num_writes += len(items)
+        self.num_writes += len(outcomes)
         for loop in {item.loop for item in items}:
-            try:
-                loop.call_soon_threadsafe(self._answer, outcomes, topics)
-            except RuntimeError:  # the loop is gone, and with it whoever asked
+            if not _unless_gone(loop.call_soon_threadsafe, self._answer, outcomes, topics):
                 log.warning("%d writes were done after their askers had left", len(items))
+        return again
 
-    def _write_one(self, session: Session, item: _Item[Any], topics: set[str]) -> Callable[[], None]:
+    def _write_one(
+        self, session: Session, item: _Item[Any], topics: set[str], *, first: bool
+    ) -> Callable[[], None] | None:
+        """Do one item's work, behind a savepoint; its answer, or None where it must be done anew."""
         session.info[_TOUCHED] = set()
         savepoint = session.begin_nested()
         connection = session.connection()
@@ -163,10 +211,16 @@ class Database:
             result = item.work(session)
             session.flush()
         except Exception as error:
-            if not _in_transaction(connection):  # SQLite gave all of it up, as when the disk is full
-                connection.invalidate()  # else SQLAlchemy goes back to a savepoint that is no more
+            why = failure(error)
+            if not in_transaction(connection):  # all of it is given up, as when SQLite's disk is full
+                if not connection.invalidated:
+                    connection.invalidate()  # else SQLAlchemy goes back to a savepoint that is no more
                 raise
+            if self.shared and why in (Failure.OVERTAKEN, Failure.AWAY):
+                raise  # the locks of the others go as well: they may be what stood in the way
             savepoint.rollback()
+            if self.shared and why is Failure.TAKEN and first:
+                return None
             return _failure(item, error)
         finally:
             session.expunge_all()
@@ -177,44 +231,22 @@ class Database:
     def _answer(self, outcomes: list[Callable[[], None]], topics: set[str]) -> None:
         for outcome in outcomes:
             outcome()
+        self._wake(topics)
+
+    def _wake(self, topics: Iterable[str]) -> None:
         for topic in topics:
             event = self._signals.pop(topic, None)
             if event is not None:
                 event.set()
 
 
-def make_engine(url: str, *, query_only: bool = False) -> Engine:
-    """An engine whose connections begin transactions themselves: IMMEDIATE to write, so that none fails midway."""
-    engine = create_engine(
-        url,
-        poolclass=QueuePool,
-        pool_size=NUM_READERS if query_only else 1,
-        max_overflow=0,
-        connect_args={"check_same_thread": False, "timeout": 30},
-    )
-
-    @event.listens_for(engine, "connect")
-    def on_connect(connection: Any, record: Any) -> None:  # sqlite3.Connection, and SQLAlchemy's own record
-        connection.isolation_level = None  # the driver shall not begin transactions by itself
-        pragmas = ["busy_timeout=30000", "foreign_keys=ON"]
-        if query_only:
-            pragmas.append("query_only=ON")
-        else:
-            pragmas += ["journal_mode=WAL", "synchronous=FULL", f"journal_size_limit={64 * 1024**2}"]
-        for pragma in pragmas:
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def on_begin(connection: Any) -> None:  # sqlalchemy.Connection
-        connection.exec_driver_sql("BEGIN" if query_only else "BEGIN IMMEDIATE")
-
-    return engine
-
-
-def _in_transaction(connection: Connection) -> bool:
-    """Whether SQLite itself still is in the transaction that SQLAlchemy believes to be in."""
-    raw = connection.connection.driver_connection
-    return raw is not None and bool(raw.in_transaction)
+def _unless_gone(call: Callable[..., object], *arguments: object) -> bool:
+    """Call into an event loop; False where the loop has ended, and with it whoever waits there."""
+    try:
+        call(*arguments)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _failure(item: _Item[Any], error: Exception) -> Callable[[], None]:

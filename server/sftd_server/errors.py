@@ -12,10 +12,10 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from sftd.schemas import ErrorAnswer, ErrorBody
+from sftd_server.engines import Failure, failure
 from sftd_server.mistakes import Mistake, mistakes_of
 
 _EXAMPLES = {
@@ -152,15 +152,20 @@ class DiskFull(ApiError):
 
 
 def is_database_busy(error: Exception) -> bool:
-    """Whether another process held the database's lock for longer than we wait."""
-    return isinstance(error, OperationalError) and "database is locked" in str(error)
+    """Whether other processes held what the database needed for longer than we wait."""
+    return failure(error) in (Failure.BUSY, Failure.OVERTAKEN)
+
+
+def is_database_away(error: Exception) -> bool:
+    """Whether the database could not be reached, or broke off."""
+    return failure(error) is Failure.AWAY
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether there was no room, in the words of SQLite or of the system."""
+    """Whether there was no room, in the words of the database or of the system."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, OperationalError) and "database or disk is full" in str(error)
+    return failure(error) is Failure.FULL
 
 
 def error_answer(error: ApiError) -> JSONResponse:

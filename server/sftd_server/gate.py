@@ -6,6 +6,7 @@ anything else, and so that nothing of a stranger's is looked at.
 
 import asyncio
 import contextlib
+import json
 import logging
 import secrets
 
@@ -17,10 +18,13 @@ from sftd_server.db import DatabaseClosed
 from sftd_server.errors import (
     ApiError,
     DiskFull,
+    Invalid,
+    NotFound,
     RequestTimeout,
     TooLarge,
     Unavailable,
     error_answer,
+    is_database_away,
     is_database_busy,
     is_disk_full,
 )
@@ -65,7 +69,12 @@ class Gate:
                 Unavailable("The server is stopping; try again.", code="stopping"), scope, body, answer
             )
         except Exception as error:
-            log.exception("request %s: %s %s", answer.request_id, scope["method"], scope["path"])
+            if is_database_away(
+                error
+            ):  # the writer tells of it, and a traceback a request would drown the rest
+                log.warning("request %s: the database cannot be reached", answer.request_id)
+            else:
+                log.exception("request %s: %s %s", answer.request_id, scope["method"], scope["path"])
             if answer.started:
                 raise  # the connection breaks off, so that half an answer is not taken for a whole one
             await self._refuse(_fault(error, answer.request_id), scope, body, answer)
@@ -75,6 +84,7 @@ class Gate:
         path = scope["path"]
         if path not in OPEN_PATHS:
             scope.setdefault("state", {})["caller"] = self._server.keyring.admit(path, headers)
+        _check_target(path, scope["query_string"])
         body.check_announced(headers)
         await self._app(scope, body.receive, answer.send)
         if body.refused is not None and not answer.started:
@@ -164,12 +174,24 @@ class _Body:
         return TooLarge(f"The body is larger than the limit of {self._limit:,} bytes.", code="too_large")
 
 
+def _check_target(path: str, query: bytes) -> None:
+    """No NUL, which is in no id and no name, and which not every database can even be asked for."""
+    if "\x00" in path:
+        raise NotFound(
+            f"There is no {json.dumps(path)} here; GET /docs lists the routes.", code="unknown_route"
+        )
+    if b"%00" in query or b"\x00" in query:
+        raise Invalid("The query holds a NUL character (%00); remove it.", code="invalid_request")
+
+
 def _fault(error: Exception, request_id: str) -> ApiError:
     """What to answer where nothing was expected to fail."""
     if is_disk_full(error):
         return DiskFull()
     if is_database_busy(error):
         return Unavailable("Another process holds the server's database; try again.", code="database_busy")
+    if is_database_away(error):
+        return Unavailable("The server's database cannot be reached; try again.", code="database_away")
     return InternalError(
         f"Something went wrong here; the server's log has request {request_id}.", code="internal"
     )

@@ -2,32 +2,38 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable, Coroutine
+from datetime import UTC
 from typing import Any, TypeVar
 
 from fastapi import Request
+from sqlalchemy import text
+from sqlmodel import Session
 
 from sftd_server.auth import Keyring
-from sftd_server.clock import Clock
-from sftd_server.datafolder import DataFolder
+from sftd_server.clock import Clock, DatabaseClock
+from sftd_server.datafolder import DataFolder, FolderLock
 from sftd_server.db import Database
 from sftd_server.settings import Settings
 
 T = TypeVar("T")
+MAX_LOOK_SECONDS = 1.0  # a look at the clock that took longer says too little
 
 
 class Server:
-    """One server over one data folder."""
+    """One server process: alone over its data folder, or one of several over a database that they share."""
 
-    def __init__(self, settings: Settings, clock: Clock) -> None:
+    def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
         self.settings = settings
-        self.clock = clock
         self.folder = DataFolder(settings.data)
         self.db = Database(settings.database_url)
-        self.keyring = Keyring(self.db, clock)
+        self.clock = clock or (DatabaseClock() if self.db.shared else Clock())
+        self.keyring = Keyring(self.db, self.clock)
         self.secret = ""  # tokens of leases are derived from it
         self.installation_id = ""
-        self.file_changes = asyncio.Lock()  # held while a blob and its row appear or go together
+        # Held while a blob and its row appear or go together.
+        self.file_changes = FolderLock(self.folder.path / "locks" / "files.lock", shared=self.db.shared)
         self._stopping = False
         self._background: set[asyncio.Task[None]] = set()
 
@@ -40,6 +46,16 @@ class Server:
     @property
     def stopping(self) -> bool:
         return self._stopping
+
+    @property
+    def refused_means_down(self) -> bool:
+        """Whether a refused connection shows a worker that nobody can hand its job on (docs/decisions/0007)."""
+        return not self.db.shared
+
+    async def set_clock(self) -> None:
+        """Look at the database's clock again, where that is the one that counts."""
+        if isinstance(self.clock, DatabaseClock):
+            await self.db.read(functools.partial(_look_at_clock, clock=self.clock))
 
     def begin_stop(self) -> None:
         """Refuse new work and wake everybody who waits. Called in the event loop."""
@@ -68,3 +84,13 @@ def server_of(request: Request) -> Server:
     server = request.app.state.server
     assert isinstance(server, Server)
     return server
+
+
+def _look_at_clock(session: Session, clock: DatabaseClock) -> None:
+    """In UTC, and taken for the middle of the look: off by half a round trip at most."""
+    session.connection()
+    before = clock.monotonic()
+    wall = session.connection().execute(text("SELECT clock_timestamp() AT TIME ZONE 'UTC'")).scalar_one()
+    after = clock.monotonic()
+    if not clock.is_set or after - before < MAX_LOOK_SECONDS:
+        clock.set(wall.replace(tzinfo=UTC), (before + after) / 2)

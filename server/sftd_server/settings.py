@@ -4,6 +4,7 @@ Every field can be set by the environment variable `SFTD_` + its name in capital
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from sftd_server.engines import is_shared
 
 
 class SettingsError(Exception):
@@ -34,7 +37,8 @@ class Settings(BaseModel):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     database_url: str = Field(
-        "", description="Where the database is; `sqlite:///<path>`. Default: sftd.db in the data folder."
+        "",
+        description="Where the database is; `sqlite:///<path>` or `postgresql://user@host/name`. Default: sftd.db in the data folder.",
     )
     admin_key: SecretStr | None = Field(
         None, description="The admin's key. Default: one is made at the first start, in admin.key."
@@ -86,11 +90,9 @@ class Settings(BaseModel):
 
     @field_validator("database_url")
     @classmethod
-    def _only_sqlite(cls, value: str) -> str:
-        if value and not (value.startswith("sqlite:///") and len(value) > len("sqlite:///")):
-            raise ValueError(
-                "only SQLite is supported in this version; give sqlite:///<path> or leave it unset"
-            )
+    def _is_a_database(cls, value: str) -> str:
+        if value and is_shared(value) and find_spec("psycopg") is None:
+            raise ValueError('PostgreSQL needs psycopg: pip install "sftd[postgres]"')
         return value
 
     @field_validator("admin_key")

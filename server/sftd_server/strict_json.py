@@ -1,7 +1,8 @@
 """JSON bodies, read strictly: what is accepted here can be stored, logged and sent back without surprises.
 
 Refused are NaN and Infinity as bare words, duplicate keys, integers beyond 64 bits, halves of surrogate pairs, and
-absurd depth or width. `StrictRoute` makes a router's bodies go through it.
+absurd depth or width. NUL, which PostgreSQL has no place for, is refused from users, and taken for U+FFFD from workers,
+who send what a trainer printed. `StrictRoute` makes a router's bodies go through it.
 """
 
 import json
@@ -21,7 +22,7 @@ _CODE = "invalid_json"
 Json = Any  # a JSON value: open by nature
 
 
-def read_json(body: bytes, *, allow_nul: bool = False) -> Json:
+def read_json(body: bytes, *, replace_nul: bool = False) -> Json:
     """The value of a JSON text. Raises Invalid, saying what is wrong and where."""
     try:
         value = json.loads(
@@ -39,7 +40,9 @@ def read_json(body: bytes, *, allow_nul: bool = False) -> Json:
         raise Invalid("The body is nested too deeply.", code=_CODE) from None
     _check_depth(value)
     if b"\\u" in body:  # only an escape can bring in what UTF-8 cannot
-        _check_texts(value, allow_nul=allow_nul)
+        _check_texts(value, allow_nul=replace_nul)
+        if replace_nul and b"\\u0000" in body:
+            return _without_nul(value)
     return value
 
 
@@ -47,7 +50,7 @@ class StrictRequest(Request):
     """A request whose JSON is read strictly."""
 
     async def json(self) -> Json:
-        return read_json(await self.body(), allow_nul=self.url.path.startswith("/worker/"))
+        return read_json(await self.body(), replace_nul=self.url.path.startswith("/worker/"))
 
 
 class StrictRoute(APIRoute):
@@ -90,6 +93,14 @@ def _check_depth(value: Json) -> None:
         if not layer:
             return
     raise Invalid(f"The body is nested more than {MAX_DEPTH} deep.", code=_CODE)
+
+
+def _without_nul(value: Json) -> Json:
+    if isinstance(value, str):
+        return value.replace("\x00", "\ufffd")
+    if isinstance(value, dict):
+        return {_without_nul(key): _without_nul(item) for key, item in value.items()}
+    return [_without_nul(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_texts(value: Json, *, allow_nul: bool) -> None:

@@ -1,4 +1,8 @@
-"""A real server for the tests: migrated SQLite file, uvicorn on loopback, a clock that tests move."""
+"""A real server for the tests: SQLite file or PostgreSQL database, uvicorn on loopback, a clock that tests move.
+
+What goes through `box`, `make_box` or `shared_box` in the modules of ON_BOTH runs on SQLite and on PostgreSQL.
+`@pytest.mark.sqlite` leaves PostgreSQL out, where a test looks into the file.
+"""
 
 import asyncio
 import json
@@ -12,6 +16,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 import uvicorn
+from tests.postgres import NoPostgres, Postgres
 
 from sftd_server.app import create_app
 from sftd_server.clock import Clock
@@ -19,6 +24,7 @@ from sftd_server.server import Server
 from sftd_server.settings import Settings
 from sftd_server.workers.reaper import Reaper
 
+ON_BOTH = ("jobs", "workers", "files", "test_auth.py", "test_migrations.py", "test_db.py")
 T = TypeVar("T")
 ADMIN = "sftd-admin-key-of-the-tests"
 SHA = "ab" * 32
@@ -215,6 +221,67 @@ def start_box(data: Path, clock: ManualClock | None = None, **settings: Any) -> 
     return Box(app, server, clock, loop, url, Reaper(server), uvicorn_server, thread)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sqlite: looks into the SQLite file; not run on PostgreSQL")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    here = metafunc.definition.path.relative_to(Path(__file__).parent).parts[0]
+    if {"box", "make_box", "shared_box"} & set(metafunc.fixturenames):
+        both = here in ON_BOTH and not metafunc.definition.get_closest_marker("sqlite")
+        kinds = ["sqlite", "postgres"] if both else ["sqlite"]
+        metafunc.parametrize("database", kinds, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A private PostgreSQL, one a session; skips, saying why, where there is none."""
+    try:
+        running = Postgres.start()
+    except NoPostgres as error:
+        pytest.skip(f"PostgreSQL: {error}")
+    yield running
+    running.stop()
+
+
+@dataclass
+class Databases:
+    """Makes a database for each test of a kind, and removes those of servers that are gone."""
+
+    postgres: Postgres | None
+    used: list[tuple[str, list[Box]]] = field(default_factory=list)
+
+    def make(self) -> dict[str, str]:
+        """Settings of a server with a database of its own."""
+        if self.postgres is None:
+            return {}
+        self.sweep()
+        return {"database_url": self.postgres.create()}
+
+    def retire(self, settings: dict[str, str], boxes: list[Box]) -> None:
+        """These servers have been told to stop."""
+        if settings:
+            self.used.append((settings["database_url"], boxes))
+
+    def sweep(self, *, wait: bool = False) -> None:
+        assert self.postgres is not None
+        for url, boxes in list(self.used):
+            for box in boxes if wait else ():
+                box.thread.join(10)
+            if not any(box.thread.is_alive() for box in boxes):
+                self.postgres.drop(url)
+                self.used.remove((url, boxes))
+
+
+@pytest.fixture(scope="module")
+def database(request: pytest.FixtureRequest) -> Iterator[Databases]:
+    kind = getattr(request, "param", "sqlite")
+    databases = Databases(request.getfixturevalue("postgres") if kind == "postgres" else None)
+    yield databases
+    if databases.postgres is not None:
+        databases.sweep(wait=True)
+
+
 @pytest.fixture(scope="session")
 def stopping() -> Iterator[list[Box]]:
     """Servers that have been told to stop: uvicorn takes its time, and the next test need not wait for it."""
@@ -225,17 +292,19 @@ def stopping() -> Iterator[list[Box]]:
 
 
 @pytest.fixture
-def make_box(tmp_path: Path, stopping: list[Box]) -> Iterator[Callable[..., Box]]:
+def make_box(tmp_path: Path, stopping: list[Box], database: Databases) -> Iterator[Callable[..., Box]]:
     boxes: list[Box] = []
+    own = database.make()
 
     def make(**settings: Any) -> Box:
-        boxes.append(start_box(tmp_path / "data", **settings))
+        boxes.append(start_box(tmp_path / "data", **{**own, **settings}))
         return boxes[-1]
 
     yield make
     for box in boxes:
         box.begin_stop()
     stopping += boxes
+    database.retire(own, boxes)
 
 
 @pytest.fixture
@@ -244,11 +313,13 @@ def box(make_box: Callable[..., Box]) -> Box:
 
 
 @pytest.fixture(scope="module")
-def shared_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+def shared_box(tmp_path_factory: pytest.TempPathFactory, database: Databases) -> Iterator[Box]:
     """One server for a whole module: for tests that each bring their own job and mind no others."""
-    box = start_box(tmp_path_factory.mktemp("shared") / "data")
+    own = database.make()
+    box = start_box(tmp_path_factory.mktemp("shared") / "data", **own)
     yield box
     box.stop()
+    database.retire(own, [box])
 
 
 @pytest.fixture

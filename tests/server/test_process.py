@@ -152,5 +152,5 @@ def test_wrong_settings_are_told_in_a_sentence(tmp_path: Path) -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     assert run.returncode == 1
-    assert "SFTD_DATABASE_URL: only SQLite" in run.stderr
+    assert "SFTD_DATABASE_URL: only SQLite and PostgreSQL" in run.stderr
     assert "SFTD_LEASE_SECONDS" in run.stderr

@@ -41,7 +41,7 @@ def test_flags_come_before_environment_before_defaults(tmp_path: Path) -> None:
 
 
 def test_every_mistake_is_named_by_its_variable_and_no_secret_is_shown() -> None:
-    environment = {"SFTD_PORT": "x", "SFTD_DATABASE_URL": "postgresql://h/d", "SFTD_ADMIN_KEY": "short 1"}
+    environment = {"SFTD_PORT": "x", "SFTD_DATABASE_URL": "mysql://u:secret@h/d", "SFTD_ADMIN_KEY": "short 1"}
 
     with pytest.raises(SettingsError) as caught:
         read_settings(environment)
@@ -50,3 +50,12 @@ def test_every_mistake_is_named_by_its_variable_and_no_secret_is_shown() -> None
     assert [line.split(":")[0] for line in lines] == ["SFTD_PORT", "SFTD_DATABASE_URL", "SFTD_ADMIN_KEY"]
     assert "only SQLite" in lines[1]
     assert "short 1" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:///", "sqlite://host/x", "postgresql://h", "nonsense", "postgresql://h:x/d"]
+)
+def test_an_address_that_is_no_database_is_refused_with_what_to_give(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"give (sqlite|postgresql)://"):
+        read_settings({"SFTD_DATABASE_URL": url})

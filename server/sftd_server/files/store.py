@@ -51,7 +51,7 @@ async def keep(server: Server, upload: Upload, caller: Caller) -> File:
     async with server.file_changes:
         await asyncio.to_thread(_publish, upload.path, blob)
         try:
-            await server.db.write(lambda session: session.add(row))
+            await server.db.write(lambda session: session.add(FileRow(**row.model_dump())))
         except Exception:  # a full disk, say: what nobody can name or delete must not fill it further
             if not await server.db.read(lambda session: _num_files_of(session, upload.sha256)):
                 blob.unlink(missing_ok=True)
@@ -63,7 +63,7 @@ async def remove(server: Server, file_id: str, caller: Caller) -> None:
     """Delete a file, and its content where no other file has the same. Raises Conflict while a job needs it."""
 
     def work(session: Session) -> str | None:
-        row = _find(session, file_id)
+        row = _find(session, file_id, lock=True)
         caller.require_owner(row.owner)
         _require_unused(session, row)
         session.exec(delete(FileRow).where(col(FileRow.id) == file_id))
@@ -112,8 +112,9 @@ def _publish(temporary: Path, blob: Path) -> None:
         os.close(folder)
 
 
-def _find(session: Session, file_id: str) -> FileRow:
-    row = session.exec(select(FileRow).where(FileRow.id == file_id)).first()
+def _find(session: Session, file_id: str, *, lock: bool = False) -> FileRow:
+    query = select(FileRow).where(FileRow.id == file_id)
+    row = session.exec(query.with_for_update() if lock else query).first()
     if row is None:
         raise NotFound(f"There is no file {file_id!r}; GET /files lists them.", code="unknown_file")
     return row

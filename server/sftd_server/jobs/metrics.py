@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import text
 from sqlmodel import Session, col, select
@@ -37,7 +38,7 @@ class MetricsPage:
 
     def to_json(self) -> str:
         """The answer's body. NaN and infinities are strings, as everywhere in this API."""
-        data = [{"step": step, **_wire(values)} for step, values in self.points.items()]
+        data = [{"step": step, **to_json(values)} for step, values in self.points.items()]
         cursor = data[-1]["step"] if self.has_more else None
         return json.dumps({"object": "list", "data": data, "has_more": self.has_more, "next_after": cursor})
 
@@ -45,6 +46,11 @@ class MetricsPage:
 def to_storage(value: float) -> float | None:
     """SQLite cannot store NaN: NULL stands for it."""
     return None if math.isnan(value) else value
+
+
+def to_json(values: dict[str, float]) -> dict[str, Any]:
+    """Values as JSON has them, which knows neither NaN nor infinities: they are strings, and read back as numbers."""
+    return {name: value if math.isfinite(value) else _word(value) for name, value in values.items()}
 
 
 def from_storage(value: float | None) -> float:
@@ -152,13 +158,15 @@ def _values_at(
     session: Session, number: int | None, name_id: int, spans: list[Window], steps: list[int]
 ) -> Iterator[tuple[int, float]]:
     """(step, value) of one metric at these steps: a look-up each, however long the series is."""
+    sqlite = session.connection().dialect.name == "sqlite"
     query = text(
         "SELECT step, value FROM metric WHERE job = :job AND name_id = :name AND attempt = :attempt"
-        " AND step IN (SELECT value FROM json_each(:steps))"
+        f" AND step IN (SELECT {'value FROM json_each(:steps)' if sqlite else 'unnest(CAST(:steps AS bigint[]))'})"
     )
     for span in spans:
         within = [step for step in steps if span.after < step <= span.last]
-        bound = {"job": number, "name": name_id, "attempt": span.attempt, "steps": json.dumps(within)}
+        given = json.dumps(within) if sqlite else within  # one variable, however many there are
+        bound = {"job": number, "name": name_id, "attempt": span.attempt, "steps": given}
         for step, value in session.connection().execute(query, bound) if within else ():
             yield step, from_storage(value)
 
@@ -169,10 +177,6 @@ def _evenly(steps: list[int], points: int) -> list[int]:
     if points == 1:
         return steps[-1:]
     return [steps[round(i * (len(steps) - 1) / (points - 1))] for i in range(points)]
-
-
-def _wire(values: dict[str, float]) -> dict[str, float | str]:
-    return {name: value if math.isfinite(value) else _word(value) for name, value in values.items()}
 
 
 def _word(value: float) -> str:

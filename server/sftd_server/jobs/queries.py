@@ -82,9 +82,11 @@ def jobs(
         query = query.where(col(JobRow.state).in_(wanted.states))
     if wanted.owner is not None:
         query = query.where(JobRow.owner == wanted.owner)
+    sqlite = session.connection().dialect.name == "sqlite"
     for i, (key, value) in enumerate(wanted.metadata.items()):
+        each = "json_each" if sqlite else "json_each_text"
         clause = text(
-            f"EXISTS (SELECT 1 FROM json_each(job.labels) WHERE json_each.key = :key{i} AND json_each.value = :value{i})"
+            f"EXISTS (SELECT 1 FROM {each}(job.labels) AS pair WHERE pair.key = :key{i} AND pair.value = :value{i})"
         )
         query = query.where(clause.bindparams(**{f"key{i}": key, f"value{i}": value}))
     if after is not None:

@@ -138,8 +138,10 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
 def _require_files(session: Session, inputs: JobInputs) -> None:
     """The files are still there: they may have been deleted since they were looked up."""
     for field, file in (("training_file", inputs.training_file), ("validation_file", inputs.validation_file)):
-        query = select(FileRow).where(FileRow.id == (file.file_id if file else ""))
-        if file and not session.exec(query.with_for_update()).first():
+        if file is None:
+            continue
+        here = select(FileRow.id).where(FileRow.id == file.file_id)
+        if not session.exec(here.with_for_update(read=True)).first():  # none goes before the job is there
             raise Invalid(f"{field}: there is no file {file.file_id!r}.", code="invalid_spec", param=field)
 
 
@@ -147,7 +149,7 @@ def _require_files(session: Session, inputs: JobInputs) -> None:
 
 
 def find_job(session: Session, job_id: str, *, lock: bool = False) -> JobRow:
-    """The row of a job; `lock` it where a write is decided on what it says. Raises NotFound."""
+    """The row of a job; locked until the end of the write where a write is decided on it. Raises NotFound."""
     query = select(JobRow).where(JobRow.id == job_id)
     row = session.exec(query.with_for_update() if lock else query).first()
     if row is None:
@@ -361,7 +363,11 @@ def _settled(to: JobState, now: datetime) -> dict[str, Any]:
 def add_event(
     session: Session, row: JobRow, note: Note, now: datetime, *, attempt: int | None = None
 ) -> None:
-    """Write an event and wake those who follow the job."""
+    """Write an event and wake those who follow the job.
+
+    The job's row must be locked or made by this transaction, so that events appear in the order of their ids: whoever
+    follows the job goes on after the last id seen.
+    """
     assert row.number is not None
     session.add(
         EventRow(

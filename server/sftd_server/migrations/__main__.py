@@ -1,4 +1,4 @@
-"""`python -m sftd_server.migrations upgrade|check|downgrade|revision --database-url sqlite:///<path>`."""
+"""`python -m sftd_server.migrations upgrade|check|downgrade|revision --database-url URL`."""
 
 import argparse
 
@@ -10,10 +10,15 @@ def main() -> None:
     """Run one migration command."""
     parser = argparse.ArgumentParser(prog="python -m sftd_server.migrations", description=__doc__)
     parser.add_argument("command", choices=["upgrade", "check", "downgrade", "revision"])
-    parser.add_argument("--database-url", required=True, help="sqlite:///<path>")
+    parser.add_argument(
+        "--database-url", required=True, help="sqlite:///<path> or postgresql://user@host/name"
+    )
     parser.add_argument("--message", default="", help="what a new revision does")
     arguments = parser.parse_args()
-    engine = make_engine(arguments.database_url)
+    try:
+        engine = make_engine(arguments.database_url)
+    except ValueError as error:
+        parser.error(f"--database-url {error}")
     if arguments.command == "revision":
         migrations.make_revision(engine, arguments.message)
     else:

@@ -146,15 +146,14 @@ def wake_due(session: Session, *, now: datetime, since: datetime) -> None:
 def reap(session: Session, *, settings: Settings, now: datetime) -> int:
     """Take back what no worker keeps alive. Returns how many jobs that were."""
     silent = select(JobRow).where(col(JobRow.state).in_(LEASED), col(JobRow.lease_until) < now)
-    lost = list(session.exec(silent.with_for_update()))
+    # A job whose row another server holds is being written for, so it is alive; or reaped there.
+    silent = silent.order_by(col(JobRow.number)).with_for_update(skip_locked=True)
+    lost = list(session.exec(silent))
     for row in lost:
         _lose(session, row, settings, now)
     late = select(JobRow).where(JobRow.state == JobState.CLAIMED, col(JobRow.start_by) < now)
-    unstarted = [
-        row
-        for row in session.exec(late.with_for_update())
-        if row.number not in {gone.number for gone in lost}
-    ]
+    late = late.order_by(col(JobRow.number)).with_for_update(skip_locked=True)
+    unstarted = [row for row in session.exec(late) if row.number not in {gone.number for gone in lost}]
     for row in unstarted:
         notes = [Note("not_started", f"Worker {row.worker_id} took the job but did not start it.")]
         if row.want != Want.RUN:

@@ -1,7 +1,8 @@
 """Leases: what every write of a worker begins with, and how a lease is kept.
 
 A lease is held by (attempt, token). Every write of a worker begins with `fenced`, in the same transaction as its
-effect: once a job has moved on, nothing of the old attempt is accepted. Only this process's clock decides.
+effect: once a job has moved on, nothing of the old attempt is accepted. Only the server's clock decides (on PostgreSQL,
+the database's).
 `claims` hands leases out, `endings` takes them back.
 """
 
@@ -49,7 +50,7 @@ def holder(job_id: str, attempt: int, token: str) -> Holder:
 
 
 def fenced(session: Session, holder: Holder) -> JobRow:
-    """The job, if this holder has its lease. Raises StaleLease."""
+    """The job, if this holder has its lease, locked until the write is done. Raises StaleLease."""
     query = select(JobRow).where(
         JobRow.id == holder.job_id,
         JobRow.attempt == holder.attempt,
@@ -160,7 +161,8 @@ def _told(row: JobRow) -> Note:
 
 def extend_all(session: Session, *, settings: Settings, now: datetime, note: Note | None = None) -> int:
     """Give every live lease its full time again: after a start of the server, or a jump of the clock."""
-    rows = list(session.exec(select(JobRow).where(col(JobRow.state).in_(LEASED))))
+    live = select(JobRow).where(col(JobRow.state).in_(LEASED)).order_by(col(JobRow.number))
+    rows = list(session.exec(live.with_for_update()))
     session.exec(update(JobRow).where(col(JobRow.state).in_(LEASED)).values(**deadlines(settings, now)))
     session.exec(
         update(JobRow)

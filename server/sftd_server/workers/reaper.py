@@ -3,14 +3,23 @@
 import asyncio
 import functools
 import logging
+from datetime import timedelta
 
+from sqlalchemy import text
+from sqlmodel import Session, col, delete, select, update
+
+import sftd
 from sftd_server.db import DatabaseClosed
+from sftd_server.errors import is_database_away, is_database_busy
 from sftd_server.jobs.service import Note
 from sftd_server.server import Server
+from sftd_server.tables import ServerRow
 from sftd_server.workers import endings, leases
 from sftd_server.workers.upkeep import upkeep
 
 JUMP_SECONDS = 2.0
+_ARRIVING = 7_305_813_482_002  # of PostgreSQL's advisory locks, the one for a server that starts
+_FORGET = 100  # leases after which a server that was killed is forgotten
 
 log = logging.getLogger("sftd.server")
 
@@ -25,8 +34,16 @@ class Reaper:
         self._started = self._monotonic
 
     async def begin(self) -> None:
-        """After a start every live lease has its full time: a long outage must not requeue healthy jobs."""
-        await self._extend(None)
+        """Put this server on record. After a start every live lease has its full time: a long outage must not requeue
+        healthy jobs. Where other servers were there all the time, there was no outage."""
+        await self._server.db.write(functools.partial(_arrive, server=self._server))
+
+    async def end(self) -> None:
+        """Take this server off the record: it stops."""
+        try:
+            await self._server.db.write(functools.partial(_leave, server_id=self._server.db.id))
+        except Exception as error:  # the others see by its time that it is gone
+            log.warning("this server could not be taken off the record: %s", error)
 
     async def run(self) -> None:
         """Tick until cancelled. An error is logged and the loop goes on."""
@@ -36,8 +53,11 @@ class Reaper:
                 await self.tick()
             except DatabaseClosed:
                 return
-            except Exception:
-                log.exception("looking for expired leases failed; trying again")
+            except Exception as error:
+                if is_database_away(error) or is_database_busy(error):
+                    log.warning("expired leases cannot be looked for: %s", error)
+                else:
+                    log.exception("looking for expired leases failed; trying again")
 
     async def tick(self) -> int:
         """Look once; return how many jobs were taken back.
@@ -47,6 +67,7 @@ class Reaper:
         """
         if self._server.stopping:
             return 0
+        await self._server.set_clock()
         wall, monotonic = self._server.clock.now(), self._server.clock.monotonic()
         before, elapsed = self._wall, monotonic - self._monotonic
         jump = (wall - before).total_seconds() - elapsed
@@ -57,6 +78,8 @@ class Reaper:
             await self._extend(note)
             return 0
         db, settings = self._server.db, self._server.settings
+        if db.shared:
+            await db.write(functools.partial(_be_seen, server=self._server))
         await db.write(functools.partial(endings.wake_due, now=wall, since=before))
         if monotonic - self._started < settings.lease_seconds:
             return 0
@@ -64,8 +87,39 @@ class Reaper:
         await db.write(functools.partial(upkeep, settings=settings, now=wall))
         return num_lost
 
-    async def _extend(self, note: Note | None) -> None:
+    async def _extend(self, note: Note) -> None:
         work = functools.partial(
             leases.extend_all, settings=self._server.settings, now=self._server.clock.now(), note=note
         )
         await self._server.db.write(work)
+
+
+# ---------------------------------------------------------------- which servers there are
+
+
+def _arrive(session: Session, *, server: Server) -> None:
+    """Put a server on record, and extend all leases unless another was alive all along."""
+    now = server.clock.now()
+    lease = timedelta(seconds=server.settings.lease_seconds)
+    others = False
+    if server.db.shared:  # one after the other: of two that start at once, the second finds the first
+        session.connection().execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _ARRIVING})
+        alive = select(ServerRow.id).where(ServerRow.id != server.db.id, col(ServerRow.seen_at) > now - lease)
+        others = session.exec(alive).first() is not None
+        session.exec(delete(ServerRow).where(col(ServerRow.seen_at) < now - _FORGET * lease))
+    else:
+        session.exec(delete(ServerRow))
+    _be_seen(session, server=server)
+    if not others:
+        leases.extend_all(session, settings=server.settings, now=now)
+
+
+def _be_seen(session: Session, *, server: Server) -> None:
+    now = server.clock.now()
+    here = col(ServerRow.id) == server.db.id
+    if session.exec(update(ServerRow).where(here).values(seen_at=now)).rowcount == 0:
+        session.add(ServerRow(id=server.db.id, version=sftd.__version__, started_at=now, seen_at=now))
+
+
+def _leave(session: Session, *, server_id: str) -> None:
+    session.exec(delete(ServerRow).where(col(ServerRow.id) == server_id))

@@ -23,7 +23,7 @@ from sftd.protocol import (
 )
 from sftd_server.db import touch
 from sftd_server.errors import Conflict, Invalid, SequenceGap
-from sftd_server.jobs.metrics import to_storage
+from sftd_server.jobs.metrics import to_json, to_storage
 from sftd_server.jobs.service import Note, add_event
 from sftd_server.mistakes import mistakes_of
 from sftd_server.tables import (
@@ -69,10 +69,7 @@ def metrics(session: Session, holder: Holder, batch: MetricsBatch, now: datetime
             for name, value in point.values.items()
         ]
         if values:
-            session.connection().exec_driver_sql(
-                "INSERT OR REPLACE INTO metric (job, name_id, step, attempt, value) VALUES (?, ?, ?, ?, ?)",
-                values,
-            )
+            _store_values(session, values)
         _set_start(session, row, holder.attempt, min(point.step for point in batch.points) - 1)
         _set_progress(session, row, batch.points)
         if row.max_tokens is not None:
@@ -142,7 +139,7 @@ def checkpoint(session: Session, holder: Holder, report: CheckpointReport, now: 
             attempt=holder.attempt,
             manifest_sha256=report.manifest_sha256,
             files={name: file.model_dump() for name, file in report.files.items()},
-            metrics=report.metrics,
+            metrics=to_json(report.metrics),
             created_at=now,
         )
     )
@@ -211,6 +208,25 @@ def _name_ids(session: Session, row: JobRow, points: Sequence[Point]) -> dict[st
         [{"job": row.number, "name": name} for name in fresh],
     )
     return _known_ids(session, row, names)
+
+
+def _store_values(session: Session, values: list[tuple[int | None, int, int, int, float | None]]) -> None:
+    """Put (job, name_id, step, attempt, value) in the table, the last of a kind in place of any other."""
+    connection = session.connection()
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(
+            "INSERT OR REPLACE INTO metric (job, name_id, step, attempt, value) VALUES (?, ?, ?, ?, ?)",
+            values,
+        )
+        return
+    unique = {value[:4]: value for value in values}  # one statement does not write a row twice
+    jobs, names, steps, attempts, numbers = zip(*unique.values(), strict=True)
+    connection.exec_driver_sql(
+        "INSERT INTO metric (job, name_id, step, attempt, value) SELECT * FROM"
+        " unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::bigint[], %s::float8[])"
+        " ON CONFLICT (job, name_id, step, attempt) DO UPDATE SET value = excluded.value",
+        (list(jobs), list(names), list(steps), list(attempts), list(numbers)),
+    )
 
 
 def _too_many_names(how_many: str) -> Invalid:

@@ -56,6 +56,7 @@ async def register(hello: Hello, server: ServerDep) -> Response:
         lease_seconds=server.settings.lease_seconds,
         installation_id=server.installation_id,
         protocol=PROTOCOL,
+        refused_means_down=server.refused_means_down,
     )
     return versions.answer(welcome, protocol=hello.protocol)
 
@@ -103,7 +104,8 @@ async def heartbeat(job_id: JobId, message: Heartbeat, token: Token, server: Ser
             leases.heartbeat, holder=holder, beat=message, settings=server.settings, now=now
         )
         directive, protocol = await server.db.write(work)
-        return directive.model_copy(update={"next_upload_seconds": _pace(server)}), protocol
+        told = {"next_upload_seconds": _pace(server), "refused_means_down": server.refused_means_down}
+        return directive.model_copy(update=told), protocol
 
     directive, protocol = await beat()
     if not leases.differs(directive, message) and message.wait_seconds > 0:
