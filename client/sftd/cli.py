@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 the job failed or was cancelled; 2 a mistake in the call o
 Results go to stdout, everything else to stderr.
 """
 
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,16 @@ def start_box(
         worker=worker,
     )
     raise typer.Exit(up.run(box, say=lambda text: print(text, flush=True)))
+
+
+@app.command(
+    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def admin(context: typer.Context) -> None:
+    """Move (migrate-db), backup, restore or check the installation on this machine; `sftd admin --help` tells more."""
+    up.require_extras(worker=False)  # the commands are the server's own, in a process of theirs
+    command = [sys.executable, "-m", "sftd_server.admin", *context.args]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
 # ---------------------------------------------------------------- data and jobs

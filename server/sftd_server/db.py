@@ -30,7 +30,7 @@ from sftd_server.notices import Listener, announce
 
 T = TypeVar("T")
 MAX_BATCH = 256
-MAX_TRIES = 10  # of one piece of work, where other servers are in its way
+MAX_TRIES = 10  # of one piece of work, where other servers are in its way; about 8 s
 _TOUCHED = "touched"  # in session.info: the topics that this transaction changes
 
 # An UPDATE leaves the objects that were read before it as they were read; a SELECT reads anew.
@@ -48,13 +48,24 @@ class DatabaseClosed(Exception):
     """The server is stopping: nothing more is written."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Item(Generic[T]):
     """One piece of work for the writer, and the place for its answer."""
 
     work: Callable[[Session], T]
     answer: "asyncio.Future[T]"
     loop: asyncio.AbstractEventLoop
+    tries: int = 0  # that another server has overtaken
+    was_taken: bool = False  # a unique value was there already; it has been looked for since
+    due: float = 0.0  # not to be tried again before (monotonic)
+
+
+class _Overtaken(Exception):
+    """An item has met another server's write, and the whole transaction is given up for it: its locks stand in the
+    way, perhaps."""
+
+    def __init__(self, item: _Item[Any]) -> None:  # any result type
+        self.item = item
 
 
 class Database:
@@ -71,6 +82,7 @@ class Database:
         self._writer = threading.Thread(target=self._write_forever, name="writer", daemon=True)
         self._signals: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
         self._listener: Listener | None = None
+        self._again: list[_Item[Any]] = []  # the writer's own: overtaken by other servers, to be done anew
         self._closed = False
         self.num_commits = 0
         self.num_writes = 0
@@ -141,69 +153,78 @@ class Database:
 
     def _write_forever(self) -> None:
         closing = False
-        while not closing:
-            items, closing = self._take()
-            if items:
-                self._write_batch(items)
+        while not closing or self._again:
+            items, closed = self._take(closing)
+            closing = closing or closed
+            while items:
+                items = self._transact(items)
+            # One by one between the batches: what stands in their way must not hold up the others.
+            late = min(self._again, key=lambda item: item.due, default=None)
+            if late is not None and late.due <= time.monotonic():
+                self._again.remove(late)
+                self._transact([late])
 
-    def _take(self) -> tuple[list[_Item[Any]], bool]:  # items of any result type
-        """What is in the queue now, at least one item; and whether the queue has been closed."""
-        items = []
-        item = self._queue.get()
-        while item is not None:
-            items.append(item)
-            if len(items) == MAX_BATCH:
-                return items, False
-            try:
+    def _take(self, closing: bool) -> tuple[list[_Item[Any]], bool]:  # items of any result type
+        """What is in the queue now; at least one item, unless one is to be tried again. And whether it was closed."""
+        items: list[_Item[Any]] = []
+        wait = None
+        if self._again:
+            wait = max(0.0, min(item.due for item in self._again) - time.monotonic())
+        try:
+            if closing:
+                time.sleep(wait or 0)
+                return [], True
+            item = self._queue.get(timeout=wait)
+            while item is not None:
+                items.append(item)
+                if len(items) == MAX_BATCH:
+                    return items, False
                 item = self._queue.get_nowait()
-            except queue.Empty:
-                return items, False
+        except queue.Empty:
+            return items, False
         return items, True
 
-    def _write_batch(self, items: list[_Item[Any]]) -> None:  # items of any result type
-        for item in self._transact(items, tries=1):
-            for tries in range(2, MAX_TRIES + 1):
-                if not self._transact([item], tries=tries):
-                    break
-                time.sleep(random.uniform(0, 0.05 * tries))
+    def _try_again(self, item: _Item[Any], *, wait: bool) -> None:
+        item.tries += 1
+        item.due = time.monotonic()
+        if wait:
+            item.due += min(1.0, 0.05 * 2.0**item.tries) * random.uniform(0.5, 1.0)
+        self._again.append(item)
 
-    def _transact(self, items: list[_Item[Any]], *, tries: int) -> list[_Item[Any]]:
-        """One transaction, and its answers. Returns the items to be done anew, of which nothing has happened."""
+    def _transact(self, items: list[_Item[Any]]) -> list[_Item[Any]]:
+        """One transaction, and its answers. Returns what is left of it, to be done at once: nothing of that happened."""
         outcomes: list[Callable[[], None]] = []
-        again: list[_Item[Any]] = []
         topics: set[str] = set()
         try:
             with Session(self.engine, expire_on_commit=False, execution_options=_PLAIN) as session:
                 for item in items:
-                    outcome = self._write_one(session, item, topics, first=tries == 1)
-                    if outcome is None:
-                        again.append(item)
-                    else:
+                    outcome = self._write_one(session, item, topics)
+                    if outcome is not None:
                         outcomes.append(outcome)
                 if self.shared and topics:
                     announce(session, self.id, topics)
                 session.commit()
+        except _Overtaken as overtaken:
+            self._try_again(overtaken.item, wait=True)
+            return [item for item in items if item is not overtaken.item and item not in self._again]
         except Exception as error:  # the commit itself failed: none of them happened
             why = failure(error)
-            if why is Failure.OVERTAKEN and tries < MAX_TRIES:
-                return items
-            if why in (Failure.AWAY, Failure.OVERTAKEN):
+            if why in (Failure.AWAY, Failure.BUSY, Failure.OVERTAKEN):
                 log.warning("%d writes are refused, the database is %s: %s", len(items), why, error)
             else:
                 log.exception("a transaction of %d writes failed", len(items))
-            outcomes, again = [_failure(item, error) for item in items], []
+            self._again = [item for item in self._again if item not in items]
+            outcomes = [_failure(item, error) for item in items]
             topics = set()
         self.num_commits += 1
         self.num_writes += len(outcomes)
         for loop in {item.loop for item in items}:
             if not _unless_gone(loop.call_soon_threadsafe, self._answer, outcomes, topics):
                 log.warning("%d writes were done after their askers had left", len(items))
-        return again
+        return []
 
-    def _write_one(
-        self, session: Session, item: _Item[Any], topics: set[str], *, first: bool
-    ) -> Callable[[], None] | None:
-        """Do one item's work, behind a savepoint; its answer, or None where it must be done anew."""
+    def _write_one(self, session: Session, item: _Item[Any], topics: set[str]) -> Callable[[], None] | None:
+        """Do one item's work, behind a savepoint; its answer, or None where it is to be done anew."""
         session.info[_TOUCHED] = set()
         savepoint = session.begin_nested()
         connection = session.connection()
@@ -216,10 +237,12 @@ class Database:
                 if not connection.invalidated:
                     connection.invalidate()  # else SQLAlchemy goes back to a savepoint that is no more
                 raise
-            if self.shared and why in (Failure.OVERTAKEN, Failure.AWAY):
-                raise  # the locks of the others go as well: they may be what stood in the way
+            if self.shared and why is Failure.OVERTAKEN and item.tries < MAX_TRIES:
+                raise _Overtaken(item) from error
             savepoint.rollback()
-            if self.shared and why is Failure.TAKEN and first:
+            if self.shared and why is Failure.TAKEN and not item.was_taken:
+                item.was_taken = True
+                self._try_again(item, wait=False)
                 return None
             return _failure(item, error)
         finally:

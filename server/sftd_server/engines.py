@@ -67,6 +67,13 @@ def make_engine(url: str, *, query_only: bool = False) -> Engine:
     return _sqlite(parsed, query_only=query_only)
 
 
+def unhurried(connection: Connection) -> None:
+    """Let this transaction take its time: a migration, or a copy of everything."""
+    if connection.dialect.name == "postgresql":
+        for name in ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout"):
+            connection.exec_driver_sql(f"SET LOCAL {name} = 0")
+
+
 def failure(error: BaseException) -> Failure | None:
     """What an error of the database means, in one word for both kinds; None where it is a mistake in the statement."""
     if isinstance(error, PoolTimeout):

@@ -227,7 +227,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     here = metafunc.definition.path.relative_to(Path(__file__).parent).parts[0]
-    if {"box", "make_box", "shared_box"} & set(metafunc.fixturenames):
+    marked = any("database" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if {"box", "make_box", "shared_box"} & set(metafunc.fixturenames) and not marked:
         both = here in ON_BOTH and not metafunc.definition.get_closest_marker("sqlite")
         kinds = ["sqlite", "postgres"] if both else ["sqlite"]
         metafunc.parametrize("database", kinds, indirect=True, scope="module")

@@ -92,6 +92,7 @@ def test_a_stop_finishes_what_is_queued_and_refuses_the_rest(db: Database, tmp_p
     assert not wal.exists() or wal.stat().st_size == 0
 
 
+@pytest.mark.sqlite
 def test_a_full_disk_fails_the_write_says_so_and_is_over_when_there_is_room(box, assert_error) -> None:
     lease = box.running()
     lease.post("logs", seq=0, lines=["before"])
@@ -109,6 +110,7 @@ def test_a_full_disk_fails_the_write_says_so_and_is_over_when_there_is_room(box,
     assert lease.post("logs", seq=1, lines=["x" * 8000] * 30).json() == {"next_seq": 31}
 
 
+@pytest.mark.sqlite
 def test_a_database_that_another_process_holds_is_said_to_be_busy(box, assert_error) -> None:
     lease = box.running()
 

@@ -11,7 +11,11 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
+
+from sftd_server.engines import unhurried
 
 _LOCK = 7_305_813_482_001  # of PostgreSQL's advisory locks, the one for a migration of sftd
 
@@ -40,14 +44,24 @@ def make_revision(engine: Engine, message: str) -> None:
         command.revision(_config(connection), message=message, autogenerate=True)
 
 
+def head() -> str:
+    """The newest schema's name."""
+    found = ScriptDirectory.from_config(_config(None)).get_current_head()
+    assert found is not None
+    return found
+
+
+def revision(connection: Connection) -> str | None:
+    """The name of the schema that a database has; None where it has none."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
 @contextlib.contextmanager
 def _alone(engine: Engine) -> Iterator[Connection]:
     """A transaction that no other migration runs beside."""
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
-            connection.execute(text("SET LOCAL lock_timeout = 0"))
-            connection.execute(text("SET LOCAL statement_timeout = 0"))
-            connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+            unhurried(connection)
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
         yield connection
 

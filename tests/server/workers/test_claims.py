@@ -3,6 +3,8 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from sftd.protocol import Lease
 
 
@@ -95,6 +97,7 @@ def test_a_worker_is_listed_with_the_jobs_it_holds(box) -> None:
     assert box.admin.get("/workers").json()["data"][0]["job_ids"] == []
 
 
+@pytest.mark.sqlite
 def test_no_token_is_stored_or_shown(box) -> None:
     lease = box.running()
 

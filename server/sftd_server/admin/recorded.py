@@ -1,0 +1,80 @@
+"""Files that the database says are there: uploads, whole checkpoints, results."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlmodel import Session, col, select
+
+from sftd.schemas import ManifestFile
+from sftd_server.datafolder import DataFolder
+from sftd_server.tables import CheckpointRow, FileRow, JobRow, StoredRow
+
+PIECE = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class RecordedFile:
+    """A file on record. `path` is relative to the data folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+    belongs_to: str  # for a person
+    in_store: bool  # it is in the artifact store as well, and need not lie here
+
+
+def recorded_files(session: Session, folder: DataFolder) -> Iterator[RecordedFile]:
+    """All files on record."""
+    stored = set(session.exec(select(StoredRow.sha256)))
+    seen: set[str] = set()
+    for file in session.exec(select(FileRow).order_by(col(FileRow.number))):
+        path = folder.blob_name(file.sha256)
+        if path not in seen:
+            seen.add(path)
+            yield RecordedFile(path, file.bytes, file.sha256, f"file {file.id}", file.sha256 in stored)
+    kept = (
+        select(CheckpointRow, JobRow.id)
+        .join(JobRow, col(JobRow.number) == col(CheckpointRow.job))
+        .where(col(CheckpointRow.corrupt).is_(False), col(CheckpointRow.deleted_at).is_(None))
+        .order_by(col(CheckpointRow.job), col(CheckpointRow.step))
+    )
+    for checkpoint, job_id in session.exec(kept):
+        below = f"{folder.job_name(job_id)}/checkpoints/{checkpoint.name}"
+        for name, value in checkpoint.files.items():
+            found = ManifestFile.model_validate(value)
+            in_store = checkpoint.mirrored_at is not None or found.sha256 in stored
+            owner = f"job {job_id}, checkpoint of step {checkpoint.step}"
+            yield RecordedFile(f"{below}/{name}", found.bytes, found.sha256, owner, in_store)
+    for job_id, result in session.exec(select(JobRow.id, JobRow.result).order_by(col(JobRow.number))):
+        for name, value in (result or {}).items():
+            found = ManifestFile.model_validate(value)
+            path = f"{folder.job_name(job_id)}/results/{name}"
+            yield RecordedFile(
+                path, found.bytes, found.sha256, f"job {job_id}, result", found.sha256 in stored
+            )
+
+
+def fault_of(file: RecordedFile, data: Path, *, deep: bool) -> str | None:
+    """What is wrong with a recorded file below `data`; None where nothing is. `deep`: its content is hashed."""
+    path = data / file.path
+    try:
+        size = path.stat().st_size
+        if size != file.bytes:
+            return f"has {size} bytes, {file.bytes} are on record"
+        if deep and _sha256(path) != file.sha256:
+            return "differs from what is on record: its hash is another"
+    except FileNotFoundError:
+        return None if file.in_store else "is not there"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        while piece := content.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
