@@ -297,8 +297,8 @@ def make_box(tmp_path: Path, stopping: list[Box], database: Databases) -> Iterat
     boxes: list[Box] = []
     own = database.make()
 
-    def make(**settings: Any) -> Box:
-        boxes.append(start_box(tmp_path / "data", **{**own, **settings}))
+    def make(folder: str = "data", **settings: Any) -> Box:
+        boxes.append(start_box(tmp_path / folder, **{**own, **settings}))
         return boxes[-1]
 
     yield make

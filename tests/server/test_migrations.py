@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+import time
+from datetime import datetime
 from pathlib import Path
 
+import psycopg
 import pytest
-from sqlalchemy import inspect
+from alembic import command
+from sqlalchemy import JSON, Boolean, DateTime, Float, MetaData, String, inspect, select
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import SQLModel
 
@@ -23,9 +27,9 @@ def tables(url: str) -> set[str]:
 def test_up_check_down(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/test.db"
 
-    for command in ("upgrade", "check", "downgrade", "upgrade", "upgrade"):
+    for action in ("upgrade", "check", "downgrade", "upgrade", "upgrade"):
         subprocess.run(
-            [sys.executable, "-m", "sftd_server.migrations", command, "--database-url", url], check=True
+            [sys.executable, "-m", "sftd_server.migrations", action, "--database-url", url], check=True
         )
 
     assert tables(url) == {*SQLModel.metadata.tables, "alembic_version"}
@@ -46,6 +50,98 @@ def test_a_migration_that_breaks_midway_leaves_nothing_and_runs_again(tmp_path: 
     migrations.upgrade(engine)
     migrations.check(engine)
     engine.dispose()
+
+
+OLD_VALUES = {
+    "state": "queued",
+    "want": "run",
+    "role": "admin",
+    "token_sha256": None,
+    "lease_until": None,
+    "start_by": None,
+    "finished_at": None,
+}
+
+
+def test_a_database_of_the_first_schema_keeps_every_row(tmp_path: Path) -> None:
+    """ON DELETE CASCADE is a trap: a table that is made anew is dropped before, and takes what refers to it along."""
+    engine = make_engine(f"sqlite:///{tmp_path}/test.db")
+    with engine.begin() as connection:
+        command.upgrade(migrations._config(connection), "0001")
+    before = {}
+    with engine.begin() as connection:
+        known = MetaData()
+        known.reflect(connection)
+        old = [table for table in known.sorted_tables if table.name != "alembic_version"]
+        for table in old:
+            values = {
+                column.name: OLD_VALUES.get(column.name, f"{table.name}.{column.name}")
+                if isinstance(column.type, String)
+                else OLD_VALUES.get(column.name, plain_value(column.type))
+                for column in table.columns
+            }
+            connection.execute(table.insert().values(values))
+        for table in old:
+            before[table.name] = [tuple(row) for row in connection.execute(select(*table.columns))]
+
+    migrations.upgrade(engine)
+    migrations.check(engine)
+
+    with engine.begin() as connection:
+        assert connection.exec_driver_sql("PRAGMA foreign_key_check").all() == []
+        for table in old:
+            assert [tuple(row) for row in connection.execute(select(*table.columns))] == before[table.name]
+        assert len(old) >= 12
+        assert all(len(rows) == 1 for rows in before.values())
+    engine.dispose()
+
+
+def plain_value(kind: object) -> object:
+    if isinstance(kind, DateTime):
+        return datetime(2030, 1, 1, 12, 30, 0, 123456)
+    if isinstance(kind, JSON):
+        return {"a": [1]}
+    if isinstance(kind, Float):
+        return 0.25
+    return False if isinstance(kind, Boolean) else 1
+
+
+def test_postgres_goes_up_matches_the_tables_and_comes_down(postgres) -> None:
+    url = postgres.create(empty=True)
+
+    for action in ("upgrade", "check", "downgrade", "upgrade", "upgrade", "check"):
+        subprocess.run(
+            [sys.executable, "-m", "sftd_server.migrations", action, "--database-url", url], check=True
+        )
+
+    assert tables(url) == {*SQLModel.metadata.tables, "alembic_version"}
+    postgres.drop(url)
+
+
+def test_a_migration_of_postgres_that_is_killed_midway_leaves_nothing_and_runs_again(postgres) -> None:
+    url = postgres.create(empty=True)
+    engine = make_engine(url)
+    with engine.begin() as connection:
+        command.upgrade(migrations._config(connection), "0001")
+    upgrade = [sys.executable, "-m", "sftd_server.migrations", "upgrade", "--database-url", url]
+    with psycopg.connect(url) as reader:
+        reader.execute(
+            "SELECT 1 FROM checkpoint"
+        )  # the second table that the migration changes must wait for this
+        migrating = subprocess.Popen(upgrade)
+        waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'checkpoint'::regclass"
+        deadline = time.monotonic() + 20
+        while not (found := postgres.execute(url.rsplit("/", 1)[1], waits)) or found[0][0] == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        second = subprocess.Popen(upgrade)  # another server starts meanwhile: it waits
+        migrating.kill()
+        migrating.wait()
+    assert second.wait(30) == 0
+
+    migrations.check(engine)
+    engine.dispose()
+    postgres.drop(url)
 
 
 @pytest.mark.parametrize(

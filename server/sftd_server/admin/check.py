@@ -60,12 +60,12 @@ RULES = (
     *(
         Rule(
             "I3",
-            f"has a {what} of attempt {{}} after one of attempt {{}}",
+            f"has {what} of attempt {{}} after one of attempt {{}}",
             f"SELECT job.id, found.attempt, found.earlier FROM (SELECT job, attempt, lag(attempt) OVER"
             f" (PARTITION BY job ORDER BY id) AS earlier FROM {table}) AS found JOIN job ON job.number = found.job"
             " WHERE found.attempt < found.earlier",
         )
-        for table, what in (("event", "event"), ("log_line", "log line"))
+        for table, what in (("event", "an event"), ("log_line", "a log line"))
     ),
     Rule(
         "I5",
