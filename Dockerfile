@@ -17,7 +17,7 @@ FROM base AS wanted
 COPY pyproject.toml ./
 RUN python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
   print(*p["build-system"]["requires"], *p["project"]["dependencies"], \
-        *p["project"]["optional-dependencies"]["server"], sep="\n")' > wanted.txt
+        *p["project"]["optional-dependencies"]["server"], *p["project"]["optional-dependencies"]["postgres"], sep="\n")' > wanted.txt
 
 FROM base
 COPY requirements.lock ./

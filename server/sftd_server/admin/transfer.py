@@ -37,7 +37,13 @@ def copy_all(source: Connection, target: Engine, *, say: Callable[[str], None]) 
         unhurried(connection)
         _require_empty(connection)
         for table in TABLES:
-            num_rows = _copy(source, connection, table)
+            try:
+                num_rows = _copy(source, connection, table)
+            except connection.dialect.loaded_dbapi.Error as error:  # the drivers' own: rows bypass SQLAlchemy
+                said = " ".join(str(error).split())
+                raise AdminError(
+                    f"{table.name}: {said}. Nothing was kept; `sftd admin check` says what is wrong with the source."
+                ) from None
             found = _count(connection, table)
             if not num_rows == found == _count(source, table):
                 raise AdminError(

@@ -177,6 +177,7 @@ def test_a_database_moves_to_postgres_with_every_row(
     with closing(
         sqlite3.connect(tmp_path / "data" / "sftd.db")
     ) as file:  # as versions before this one may have stored
+        file.execute("PRAGMA foreign_keys = ON")
         file.execute("UPDATE log_line SET text = 'a' || char(0) || 'b' WHERE text = 'before'")
         file.execute("""UPDATE checkpoint SET metrics = '{"eval_loss": NaN}' WHERE step = 10""")
         file.execute("DELETE FROM job WHERE id = ?", (gone,))
@@ -347,6 +348,25 @@ def test_files_are_linked_on_the_same_file_system(make_box, admin: Admin, tmp_pa
     assert os.path.samefile(tmp_path / "saved" / weights, tmp_path / "data" / weights)
     assert not os.path.samefile(tmp_path / "saved" / "sftd.db", tmp_path / "data" / "sftd.db")
     assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_damaged_source_is_not_moved(make_box, admin: Admin, tmp_path: Path, postgres: Postgres) -> None:
+    box = make_box()
+    box.running().post("logs", seq=0, lines=["x"])
+    box.stop()
+    with closing(sqlite3.connect(tmp_path / "data" / "sftd.db")) as file:
+        file.execute("DELETE FROM job")  # without what refers to it
+        file.commit()
+    url = postgres.create(empty=True)
+
+    moved = admin("migrate-db", "--from", f"sqlite:///{tmp_path}/data/sftd.db", "--to", url)
+
+    assert moved.returncode == 2
+    assert "Nothing was kept" in moved.stderr
+    assert postgres.execute(url.rsplit("/", 1)[1], "SELECT count(*) FROM key") == [(0,)]
+    checked = admin("check", "--data", tmp_path / "data")
+    assert "refers to a row of job that is not there" in checked.stdout
+    postgres.drop(url)
 
 
 @pytest.mark.parametrize(
