@@ -30,6 +30,8 @@ def test_two_fields_are_enough_and_the_rest_are_the_agreed_defaults() -> None:
         "max_tokens_per_step": None, "train_on": "completion", "on_overlong": "error",
         "lora": {"rank": 16, "alpha": 32, "dropout": 0.1, "target_modules": "all-linear", "use_rslora": False, "use_dora": False},
         "evaluation": None, "wandb": None, "gpus": 1, "sharding": "auto", "priority": 0, "name": None, "metadata": {},
+        "after": [], "requires": None, "max_seconds": None, "max_gpu_seconds": None, "max_tokens": None,
+        "keep_checkpoints": None,
     }  # fmt: skip
 
 
