@@ -564,7 +564,7 @@ def _upload(client: Client, path: Path, *, purpose: str = "fine-tune") -> str:
 
 def _assigned(client: Client, job_id: str, assignments: list[str] | None) -> dict[str, Any]:
     """The top-level fields that --set changes, whole: `lora.rank=8` changes the job's own lora."""
-    spec = client.jobs.retrieve(job_id).spec.model_dump(mode="json")
+    spec = client.jobs.retrieve(job_id).spec.model_dump(mode="json", exclude_none=True)
     names: dict[str, None] = {}
     for assignment in assignments or []:
         set_field(spec, assignment)

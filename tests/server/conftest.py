@@ -147,6 +147,11 @@ class Box:
         assert answer.status_code == 200, answer.text
         return str(answer.json()["id"])
 
+    def register(self, worker_id: str = "w1", **more: Any) -> httpx.Response:
+        """Make a worker known, which then claims under the boot id `b1`."""
+        hello = {"worker_id": worker_id, "boot_id": "b1", "gpus": 1, "device": "cuda", "protocol": 2, **more}
+        return self.worker.post("/worker/register", json=hello)
+
     def try_claim(self, worker_id: str = "w1", request_id: str | None = None, **more: Any) -> httpx.Response:
         self.num_claims += 1
         body = {"worker_id": worker_id, "boot_id": "b1", "gpus": 1, "wait_seconds": 0, **more}

@@ -1,11 +1,12 @@
 """What a trainer is allowed to read."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 
-from sftd.protocol import BaseRef, InputFile, Lease, TrainerJob
+from sftd.protocol import BaseRef, CheckpointRef, InputFile, Lease, TrainerJob
 from sftd.schemas import FailureReason
 from sftd.spec import JobSpec
 from sftd_worker.files import Prepared, PrepareFailed, prepare, write_job
@@ -97,3 +98,41 @@ def test_a_path_out_of_the_data_folder_is_refused(data: Path) -> None:
 def test_the_wandb_run_is_the_same_in_every_attempt(data: Path) -> None:
     assert prepared(data, lease(data, wandb={"project": "p"})).job.wandb_run_id == "job_1"
     assert prepared(data, lease(data)).job.wandb_run_id is None
+
+
+def seeded(data: Path, *steps: int) -> list[CheckpointRef]:
+    """Checkpoints of another job, newest first."""
+    refs = []
+    for step in steps:
+        folder = data / f"jobs/job_0/checkpoints/checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"w")
+        file = {"bytes": 1, "sha256": hashlib.sha256(b"w").hexdigest()}
+        manifest = json.dumps({"step": step, "files": {"weights": file}}).encode()
+        (folder / "manifest.json").write_bytes(manifest)
+        sha256 = hashlib.sha256(manifest).hexdigest()
+        refs.append(CheckpointRef(step=step, name=folder.name, manifest_sha256=sha256, folder="jobs/job_0"))
+    return refs
+
+
+def test_a_retried_job_goes_on_from_the_checkpoint_of_the_other_one(data: Path) -> None:
+    found = lease(data).model_copy(update={"checkpoints": seeded(data, 20, 10)})
+
+    assert prepared(data, found).job.resume_from == str(data / "jobs/job_0/checkpoints/checkpoint-20")
+
+
+def test_a_damaged_checkpoint_of_the_other_job_gives_way_to_an_older_one(data: Path) -> None:
+    found = lease(data).model_copy(update={"checkpoints": seeded(data, 20, 10)})
+    (data / "jobs/job_0/checkpoints/checkpoint-20/weights").write_bytes(b"x")
+
+    ready = prepared(data, found)
+
+    assert ready.job.resume_from == str(data / "jobs/job_0/checkpoints/checkpoint-10")
+    assert [(report.name, report.corrupt) for report in ready.corrupt] == [("checkpoint-20", True)]
+
+
+def test_a_checkpoint_outside_the_data_folder_is_refused(data: Path) -> None:
+    refs = [ref.model_copy(update={"folder": "../job_0"}) for ref in seeded(data, 10)]
+
+    with pytest.raises(PrepareFailed, match="outside the data folder"):
+        prepared(data, lease(data).model_copy(update={"checkpoints": refs}))

@@ -73,7 +73,7 @@ def prepare(lease: Lease, settings: WorkerSettings, *, check: Check) -> Prepared
     training = _verified_input(data, lease.training_file, check)
     validation = _verified_input(data, lease.validation_file, check) if lease.validation_file else None
     model, adapter = _base_model(lease.spec.base_model, lease.base, settings)
-    resume_from, corrupt, notices = _checkpoint(lease, folder, check)
+    resume_from, corrupt, notices = _checkpoint(lease, data, folder, check)
     job = TrainerJob(
         job_id=lease.job_id,
         attempt=lease.attempt,
@@ -175,14 +175,16 @@ def _model(name: str, settings: WorkerSettings) -> str:
 
 
 def _checkpoint(
-    lease: Lease, folder: Path, check: Check
+    lease: Lease, data: Path, folder: Path, check: Check
 ) -> tuple[Path | None, list[CheckpointReport], list[str]]:
     """The newest checkpoint that verifies, and a report and a notice for each newer one that does not."""
     corrupt: list[CheckpointReport] = []
     broken: list[str] = []
     for ref in lease.checkpoints:
         try:
-            path = _verified_checkpoint(folder, ref, check)
+            # A job that tries another again begins with that one's checkpoints.
+            whose = folder if ref.folder is None else _below(data, ref.folder)
+            path = _verified_checkpoint(whose, ref, check)
             notices = [f"{what}; the run goes on from {ref.name}. Check the disk." for what in broken]
             return path, corrupt, notices
         except (OSError, ValueError) as error:
@@ -205,9 +207,10 @@ def _checkpoint(
     return None, corrupt, []
 
 
-def _verified_checkpoint(folder: Path, ref: CheckpointRef, check: Check) -> Path:
-    """The checkpoint's folder, every byte of it as recorded. Raises ValueError or OSError."""
-    path = folder / "checkpoints" / ref.name
+def _verified_checkpoint(job: Path, ref: CheckpointRef, check: Check) -> Path:
+    """The checkpoint's folder below that of the job which wrote it, every byte as recorded. Raises ValueError or
+    OSError."""
+    path = job / "checkpoints" / ref.name
     content = (path / MANIFEST).read_bytes()
     if hashlib.sha256(content).hexdigest() != ref.manifest_sha256:
         raise ValueError("its manifest is not the recorded one")

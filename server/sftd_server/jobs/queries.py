@@ -294,7 +294,8 @@ def _failure(row: JobRow) -> Failure | None:
 
 
 def _pause_reason(row: JobRow) -> PauseReason | None:
-    if row.state != JobState.PAUSED and row.want != Want.PAUSE:
+    pausing = row.want == Want.PAUSE and not JobState(row.state).terminal
+    if row.state != JobState.PAUSED and not pausing:
         return None
     return PauseReason(row.pause_reason or PauseReason.USER)
 

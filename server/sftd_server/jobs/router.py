@@ -243,9 +243,7 @@ async def clone(
 ) -> Job:
     """Post a job with the same spec but for the fields in the body: `{"learning_rate": 1e-4}`; null stands for a field's
     default. It is checked like any new job and linked by `clone_of`."""
-    overrides = read_json(await request.body())
-    if not isinstance(overrides, dict):
-        raise Invalid("body: must be a JSON object, the fields to change", code="invalid_spec", param="body")
+    overrides = await _fields(request)
     sources = again.Sources(server.folder, server.settings.model_roots)
     asked = {"clone": job_id, "overrides": overrides}
     return await _submit(
@@ -261,7 +259,7 @@ async def clone(
 async def change(request: Request, job_id: JobId, server: ServerDep, caller: CallerDep) -> Job:
     """Change fields of a job: `name`, `metadata` and `keep_checkpoints` at any time; `priority`, `requires`, `max_seconds`,
     `max_gpu_seconds` and `max_tokens` until it is over; `after` while it is queued. Null stands for a field's default."""
-    fields = read_json(await request.body())
+    fields = await _fields(request)
     now = server.clock.now()
     await server.db.write(lambda session: changes.change(session, job_id, fields, caller, now))
     return await _job(server, job_id)
@@ -483,6 +481,14 @@ async def _submit(
         submitted = service.Submission(spec, inputs, caller.name, idempotency_key, body_sha256, origin)
         job_id = await server.db.write(lambda session: service.submit(session, submitted, now))
     return await _job(server, job_id)
+
+
+async def _fields(request: Request) -> dict[str, Any]:  # JSON: open by nature
+    """Fields of a spec, still unchecked."""
+    value = read_json(await request.body())
+    if not isinstance(value, dict):
+        raise Invalid("body: must be a JSON object, the fields to change", code="invalid_spec", param="body")
+    return value
 
 
 async def _steer(server: Server, act: Steering, job_id: str, caller: Caller) -> Job:

@@ -91,12 +91,23 @@ class Queue:
         free = [place for place in with_disk if place.free >= job.gpus]
         ahead = self._who_goes_first(row) if position is not None and position > 1 else ""
         if free:
-            return ahead or "A worker is about to take it."
+            return self._next_on(job, free) or ahead if position is not None else "Waits for its turn."
         long_ago = self._now - timedelta(seconds=self._settings.reserve_seconds)
         keeper = scheduling.keeper_for(job, self.places) if job.since <= long_ago else None
         kept = f" Worker {keeper.id} keeps its free slots for it." if keeper and keeper.free else ""
         others = f" {ahead}" if ahead else ""
         return f"{_busy(with_disk, job)}{kept}{others}"
+
+    def _next_on(self, job: Waiting, free: Sequence[Place]) -> str | None:
+        """What a worker with slots enough would take now, if that says why this one waits."""
+        keeps = None
+        for place in free:
+            first = next(scheduling.next_jobs(self._session, place, self._settings, self._now), None)
+            if first is not None and first.id == job.id:
+                return "A worker is about to take it."
+            if first is None:
+                keeps = f"Worker {place.id} keeps its free slots for a job that needs more of them."
+        return keeps
 
     # ------------------------------------------------------------ the others
 
@@ -131,7 +142,7 @@ class Queue:
         if lighter:
             named = ", ".join(lighter[:MAX_NAMED])
             return f"by fair share ({named} used less GPU time lately than {row.owner})"
-        return "that are shorter or have waited longer"
+        return "by fair share (shorter, or waiting for longer)"
 
 
 def _described(row: JobRow) -> str:
