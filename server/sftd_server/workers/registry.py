@@ -2,13 +2,15 @@
 
 from datetime import datetime
 
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col, select, update
 
 from sftd.protocol import Hello
 from sftd.schemas import Page, Worker
-from sftd_server.errors import Conflict
+from sftd_server.errors import Conflict, Invalid
 from sftd_server.jobs.states import LEASED
+from sftd_server.settings import Settings
 from sftd_server.tables import JobRow, WorkerRow
+from sftd_server.workers.endings import take_back
 
 
 def check_installation(hello: Hello, installation_id: str) -> None:
@@ -22,8 +24,10 @@ def check_installation(hello: Hello, installation_id: str) -> None:
         )
 
 
-def register(session: Session, *, hello: Hello, now: datetime) -> None:
-    """Remember a worker, or what is new about it."""
+def register(session: Session, *, hello: Hello, settings: Settings, now: datetime) -> None:
+    """Remember a worker, or what is new about it. What an earlier process of it held goes on at once. Raises Invalid."""
+    if hello.replaces_boot_id is not None:
+        _replace(session, hello.worker_id, hello.replaces_boot_id, hello.boot_id, settings, now)
     here = (WorkerRow.id == hello.worker_id, WorkerRow.boot_id == hello.boot_id)
     known = session.exec(select(WorkerRow.registered_at).where(*here)).first()
     session.merge(
@@ -42,6 +46,24 @@ def register(session: Session, *, hello: Hello, now: datetime) -> None:
             shares_data=hello.installation_id is not None or hello.protocol == 1,
         )
     )
+
+
+def _replace(
+    session: Session, worker_id: str, dead: str, boot_id: str, settings: Settings, now: datetime
+) -> None:
+    if dead == boot_id:
+        raise Invalid(
+            f"replaces_boot_id: {dead!r} is this process itself; give the boot_id of the one before it, or none.",
+            code="replaces_itself",
+            param="replaces_boot_id",
+        )
+    take_back(session, worker_id=worker_id, boot_id=dead, settings=settings, now=now)
+    gone = (
+        col(WorkerRow.id) == worker_id,
+        col(WorkerRow.boot_id) == dead,
+        col(WorkerRow.gone_at).is_(None),
+    )
+    session.exec(update(WorkerRow).where(*gone).values(gone_at=now))
 
 
 def workers(session: Session) -> Page[Worker]:
