@@ -272,12 +272,12 @@ def _error(message: str) -> dict[str, Any]:
 class WorkerProcess:
     """A worker with a scripted trainer, started the cold way unless `warm` is set."""
 
-    def __init__(self, server: FakeServer, tmp_path: Path) -> None:
+    def __init__(self, server: FakeServer, tmp_path: Path, name: str = "worker") -> None:
         self.server = server
         self.warm = False
         self.folder = server.data / "jobs" / JOB
-        self._script = tmp_path / "script.json"
-        self._log = tmp_path / "worker.log"
+        self._script = tmp_path / f"{name}.script.json"
+        self._log = tmp_path / f"{name}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, script: dict[str, Any], *, env: dict[str, str] | None = None, **settings: Any) -> None:
@@ -460,7 +460,16 @@ def server(data: Path) -> Iterator[FakeServer]:
 
 @pytest.fixture
 def worker(server: FakeServer, tmp_path: Path) -> Iterator[WorkerProcess]:
-    worker = WorkerProcess(server, tmp_path)
+    yield from _worker(server, tmp_path, "worker")
+
+
+@pytest.fixture
+def second_worker(server: FakeServer, tmp_path: Path) -> Iterator[WorkerProcess]:
+    yield from _worker(server, tmp_path, "second")
+
+
+def _worker(server: FakeServer, tmp_path: Path, name: str) -> Iterator[WorkerProcess]:
+    worker = WorkerProcess(server, tmp_path, name)
     yield worker
     if worker.process and worker.process.poll() is None:
         worker.process.kill()

@@ -34,7 +34,7 @@ def main() -> None:
         left = subprocess.Popen(["sleep", "1000"], start_new_session=True)
         (workdir / "pids.txt").open("a").write(f"{left.pid}\n")
     if script.get("orphan"):
-        command = ["sh", "-c", "sleep 1000 & echo $!"]
+        command = ["sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!"]
         found = subprocess.run(command, start_new_session=True, stdout=subprocess.PIPE, check=True)
         (workdir / "orphan.txt").write_bytes(found.stdout)
     (workdir / "environment.json").write_text(json.dumps(dict(os.environ)))

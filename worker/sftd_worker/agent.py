@@ -111,8 +111,8 @@ def _work(worker: Worker, name: NameLock) -> None:
             registering.run()
         if worker.lost_gpus:
             looking.run()
-        if claimer is None and crew.free_slots() and not crew.draining:
-            claimer = Claimer(worker, name, crew.free_slots)
+        if claimer is None and crew.wanted_slots():
+            claimer = Claimer(worker, name, crew.wanted_slots)
             claimer.start()
         if claimer is not None and claimer.done:
             done, claimer = claimer, None
@@ -127,6 +127,8 @@ def _work(worker: Worker, name: NameLock) -> None:
     if isinstance(no, TooOld):  # what runs could not be reported either
         worker.stops.save_now()
         worker.ring_all()
+    if worker.stops.asked:
+        log.info("stopping: no new jobs; what runs %s", _what_becomes(worker))
     if claimer is not None:
         claimer.give_back()
     for errand in (registering, looking):
@@ -136,6 +138,13 @@ def _work(worker: Worker, name: NameLock) -> None:
         crew.look()
     if no is not None:
         raise no
+
+
+def _what_becomes(worker: Worker) -> str:
+    seconds = worker.settings.drain_seconds
+    if seconds and not worker.stops.saves:
+        return f"may go on for {seconds:g} s, then it is saved and given back"
+    return "is saved and given back"
 
 
 def _no_of(error: Exception | None) -> CannotWork | None:

@@ -26,17 +26,19 @@ PARTLY_BUSY_WAIT_SECONDS = 5.0  # a claim asks for what was free when it began; 
 
 
 class Claimer:
-    """Asks until there is a job. `free_slots` says how many devices are free at present; `lease` is what came of it."""
+    """Asks until there is a job, or nothing to ask for: `wanted_slots` says how many devices wait for one at present.
+    `lease` is what came of it."""
 
-    def __init__(self, worker: Worker, name: NameLock, free_slots: Callable[[], int]) -> None:
+    def __init__(self, worker: Worker, name: NameLock, wanted_slots: Callable[[], int]) -> None:
         self.lease: Lease | None = None
         self.error: Exception | None = None
         self._worker = worker
         self._name = name
-        self._free_slots = free_slots
+        self._wanted_slots = wanted_slots
         self._request_id = uuid.uuid4().hex
         self._asked_slots = 1
         self._stopped = threading.Event()
+        self._handover = threading.Lock()  # of a lease: taken before the stop, or given back after it
         self._thread = threading.Thread(target=self._run, name="claim", daemon=True)
 
     def start(self) -> None:
@@ -47,16 +49,23 @@ class Claimer:
         return not self._thread.is_alive()
 
     def give_back(self) -> None:
-        """Stop asking, and release a job that was handed over in this very moment. Safe to call twice."""
-        self._stopped.set()
+        """Stop asking, and release a job that was handed over in this very moment. Safe to call twice.
+
+        The server may hold the last call for a while yet: what that brings is released too, as long as this process lives.
+        """
+        with self._handover:
+            self._stopped.set()
         try:
             # The same request brings the same lease, if the answer under way holds one.
-            lease = self.lease or self._claim(wait_seconds=0)
+            lease = self.lease or (None if self.done else self._claim(wait_seconds=0))
             if lease is not None:
-                release = Release(attempt=lease.attempt, message="The worker is being stopped.")
-                say_without_attempt(self._worker, lease, release)
+                self._release(lease)
         except SftdError as error:
             log.warning("could not ask whether a job was handed over just now: %s", error)
+
+    def _release(self, lease: Lease) -> None:
+        word = Release(attempt=lease.attempt, message="The worker is being stopped.")
+        say_without_attempt(self._worker, lease, word)
 
     def _run(self) -> None:
         try:
@@ -69,13 +78,11 @@ class Claimer:
     def _ask_until_answered(self) -> None:
         num_failures = 0
         while self.lease is None and not self._stopped.is_set():
-            self._asked_slots = self._free_slots()
-            if (
-                self._asked_slots < 1
-            ):  # a GPU was lost meanwhile: the main thread asks again when there is one
-                return
+            if not (slots := self._wanted_slots()):
+                return  # a GPU was lost, or the server drains this worker: the main thread begins again
+            self._asked_slots = slots
             try:
-                self.lease = self._claim(wait_seconds=self._wait_seconds())
+                self._take(self._claim(wait_seconds=self._wait_seconds()))
                 self._request_id = uuid.uuid4().hex
                 num_failures = 0
             except (NotFound, Conflict):  # the request is spent, or the server has new records: begin afresh
@@ -86,6 +93,14 @@ class Claimer:
             except (ConnectionFailed, ServerError, Throttled) as error:
                 num_failures = note_failure("claim", error, num_failures)
                 self._stopped.wait(pause_seconds(error, num_failures))
+
+    def _take(self, lease: Lease | None) -> None:
+        with self._handover:
+            if not self._stopped.is_set():
+                self.lease = lease
+                return
+        if lease is not None:
+            self._release(lease)
 
     def _wait_seconds(self) -> float:
         wanted = self._worker.settings.claim_wait_seconds

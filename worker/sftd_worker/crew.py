@@ -32,16 +32,19 @@ class Crew:
         """Do any attempts run?"""
         return bool(self._members)
 
-    @property
-    def draining(self) -> bool:
-        """Has the server told one of them that this worker shall have no jobs? Their end takes it back: then the server
-        itself gives out no job here while it wants that."""
-        return any(member.draining for member in self._members)
-
     def free_slots(self) -> int:
         """Devices that no claimed job counts on. Safe to call from any thread."""
         taken = sum(member.lease.spec.gpus for member in self._members)
         return max(0, self._worker.devices.num_slots - taken)
+
+    def wanted_slots(self) -> int:
+        """Devices to ask jobs for. Safe to call from any thread.
+
+        None while the server takes this worker's jobs away; once it has them, it gives out none here as long as it
+        wants that.
+        """
+        draining = any(member.draining for member in self._members)
+        return 0 if draining else self.free_slots()
 
     def start(self, lease: Lease) -> None:
         """Run a job that was claimed, or give it back if its devices were lost meanwhile."""

@@ -173,7 +173,9 @@ def _lose(
     lost_count = 1 if newest > row.lost_step else row.lost_count + 1
     too_often = lost_count >= settings.max_lost
     values: dict[str, object] = {"lost_count": lost_count, "lost_step": newest}
-    notes = [Note(event, f"{why} (loss {lost_count}).", {"worker_id": row.worker_id, "lost_count": lost_count})]
+    notes = [
+        Note(event, f"{why} (loss {lost_count}).", {"worker_id": row.worker_id, "lost_count": lost_count})
+    ]
     if row.want != Want.RUN:
         notes.append(_settled_note(row))
     elif too_often:

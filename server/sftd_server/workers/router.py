@@ -47,9 +47,7 @@ async def register(hello: Hello, server: ServerDep) -> Welcome:
     """Say who a worker is, and which dead process it replaces: what that one held goes on at once. 409 where the worker
     sees another data folder than the server's."""
     registry.check_installation(hello, server.installation_id)
-    work = functools.partial(
-        registry.register, hello=hello, settings=server.settings, now=server.clock.now()
-    )
+    work = functools.partial(registry.register, hello=hello, settings=server.settings, now=server.clock.now())
     await server.db.write(work)
     return Welcome(lease_seconds=server.settings.lease_seconds, installation_id=server.installation_id)
 
