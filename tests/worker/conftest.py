@@ -1,8 +1,9 @@
-"""A scripted server that speaks the real worker protocol, and workers as processes beside it."""
+"""A scripted server that speaks the real worker protocol, the real server, and workers as processes beside them."""
 
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from sftd import Client
 from sftd.protocol import CheckpointRef, InputFile, Lease
 from sftd.spec import JobSpec
 
@@ -48,6 +50,8 @@ class FakeServer:
         self.last_calls: list[tuple[str, dict[str, Any]]] = []
         self.faults: list[Fault] = []
         self.want = "run"
+        self.directive: dict[str, Any] = {}  # what heartbeats are answered besides
+        self.welcome: dict[str, Any] = {}
         self.lease: Lease | None = None
         self.claimed = False
         self.fenced = False
@@ -130,6 +134,17 @@ class FakeServer:
             self.want = want
             self.lock.notify_all()
 
+    def direct(self, **directive: Any) -> None:
+        """What the server asks of the worker from now on: `direct(make_room=True)`."""
+        with self.lock:
+            self.directive = directive
+            self.lock.notify_all()
+
+    def bodies(self, call: str) -> list[dict[str, Any]]:
+        """What was sent with this call, in order."""
+        with self.lock:
+            return [body for path, body in self.calls if path.endswith(call)]
+
     def add_fault(self, path_ends: str, **how: Any) -> None:
         """A Fault from now on: `add_fault("metrics", status=503, times=2)`."""
         with self.lock:
@@ -200,7 +215,8 @@ class FakeServer:
         if handler.headers["Authorization"] != f"Bearer {KEY}":
             return 401, {}, _error("no key")
         if call == "register":
-            return 200, {}, {"lease_seconds": self.lease_seconds, "installation_id": INSTALLATION}
+            welcome = {"lease_seconds": self.lease_seconds, "installation_id": INSTALLATION}
+            return 200, {}, {**welcome, **self.welcome}
         if call == "claim":
             start = self.num_starts
             is_gone = lambda: self.num_starts != start  # noqa: E731
@@ -218,11 +234,16 @@ class FakeServer:
 
     def _fenced_answer(self, call: str, body: dict[str, Any]) -> tuple[int, dict[str, str], Any]:
         if call == "heartbeat":
-            changed = lambda: self.want != body["seen_want"] or self.fenced or self._over()  # noqa: E731
+            is_news = lambda: any(  # noqa: E731
+                self.directive.get(name, False) != body[f"seen_{name}"] for name in ("make_room", "draining")
+            )
+            changed = lambda: (  # noqa: E731
+                self.want != body["seen_want"] or is_news() or self.fenced or self._over()
+            )
             self.lock.wait_for(changed, body["wait_seconds"])
             if self.fenced or self._over():
                 return 409, {}, _error("the lease is lost")
-            return 200, {}, {"want": self.want, "lease_seconds": self.lease_seconds}
+            return 200, {}, {"want": self.want, "lease_seconds": self.lease_seconds, **self.directive}
         if call in self.streams:
             return self._append(call, body)
         if call == "checkpoints":
@@ -251,12 +272,12 @@ def _error(message: str) -> dict[str, Any]:
 class WorkerProcess:
     """A worker with a scripted trainer, started the cold way unless `warm` is set."""
 
-    def __init__(self, server: FakeServer, tmp_path: Path) -> None:
+    def __init__(self, server: FakeServer, tmp_path: Path, name: str = "worker") -> None:
         self.server = server
         self.warm = False
         self.folder = server.data / "jobs" / JOB
-        self._script = tmp_path / "script.json"
-        self._log = tmp_path / "worker.log"
+        self._script = tmp_path / f"{name}.script.json"
+        self._log = tmp_path / f"{name}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, script: dict[str, Any], *, env: dict[str, str] | None = None, **settings: Any) -> None:
@@ -300,6 +321,120 @@ class WorkerProcess:
         return self._log.read_text()
 
 
+class Box:
+    """The real server and workers as processes that a test kills and starts again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "data"
+        self.folder = folder
+        self.lease_seconds = 2
+        self.script = folder / "script.json"
+        self._scripts: dict[str, Any] = {}  # by the job's name
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._clean = {name: value for name, value in os.environ.items() if not name.startswith("SFTD_")}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.start_server()
+        self.client = Client(f"http://127.0.0.1:{self.port}", (self.data / "admin.key").read_text().strip())
+
+    def start_server(self) -> None:
+        environment = {
+            **self._clean,
+            "SFTD_DATA": str(self.data),
+            "SFTD_PORT": str(self.port),
+            "SFTD_LEASE_SECONDS": str(self.lease_seconds),
+            "SFTD_REAP_SECONDS": "0.2",
+            "SFTD_BACKOFF_SECONDS": "0",
+            "XDG_STATE_HOME": str(self.folder / "state"),
+        }
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "sftd_server.app"], env=environment, stdout=subprocess.PIPE
+        )
+        self.processes.append(self.server)
+        assert self.server.stdout
+        assert b"listens on" in self.server.stdout.readline()
+
+    def restart_server(self, *, lease_seconds: int) -> None:
+        self.server.kill()
+        self.server.wait()
+        self.lease_seconds = lease_seconds
+        self.start_server()
+
+    def start_worker(
+        self, name: str, *, env: dict[str, str | None] | None = None, **more: Any
+    ) -> subprocess.Popen[bytes]:
+        """`env`: changes of its environment; None takes a variable away."""
+        settings = {
+            "server_url": f"http://127.0.0.1:{self.port}",
+            "data": str(self.data),
+            "worker_name": name,
+            "device": "cpu",
+            "warm": False,
+            "trainer_argv": [sys.executable, "-S", str(HERE / "scripted_trainer.py"), str(self.script)],
+            "warm_argv": [sys.executable, str(HERE / "scripted_warm.py"), str(self.script)],
+            **more,
+        }
+        environment = {**self._clean, **(env or {})}
+        with (self.folder / f"{name}.log").open("ab") as log:
+            worker = subprocess.Popen(
+                [sys.executable, str(HERE / "run_worker.py"), json.dumps(settings)],
+                env={variable: value for variable, value in environment.items() if value is not None},
+                stderr=log,
+            )
+        self.processes.append(worker)
+        return worker
+
+    def post(self, *, name: str | None = None, gpus: int = 1, **script: Any) -> str:
+        """A job, and what its trainer does. Jobs that run side by side have names, and a script each."""
+        if name is not None:
+            self._scripts[name] = script
+        self.script.write_text(json.dumps({**(script if name is None else {}), "by_name": self._scripts}))
+        rows = self.folder / "rows.jsonl"
+        rows.write_text('{"prompt": "a", "completion": "b"}\n')
+        spec: dict[str, Any] = {"base_model": "org/model", "gpus": gpus}
+        if name is not None:
+            spec["name"] = name
+        return self.client.jobs.create(training_file=self.client.files.upload(rows).id, **spec).id
+
+    def until(self, ready: Callable[[], object], seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < deadline, [path.read_text() for path in self.folder.glob("*.log")]
+            time.sleep(0.05)  # another process's state: there is nothing to wait on
+
+    def steps(self, job_id: str) -> list[int]:
+        return [point.step for point in self.client.jobs.metrics(job_id)]
+
+    def state(self, job_id: str) -> str:
+        return str(self.client.jobs.retrieve(job_id).state)
+
+    def job_folder(self, job_id: str) -> Path:
+        return self.data / "jobs" / job_id
+
+    def trainer_pids(self, job_id: str) -> list[int]:
+        path = self.job_folder(job_id) / "pids.txt"
+        return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Iterator[Box]:
+    box = Box(tmp_path)
+    yield box
+    for process in box.processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def alive() -> Callable[[int], bool]:
+    """Does a process run? A dead one that is not buried yet does not."""
+    return _alive
+
+
 def _alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -325,7 +460,16 @@ def server(data: Path) -> Iterator[FakeServer]:
 
 @pytest.fixture
 def worker(server: FakeServer, tmp_path: Path) -> Iterator[WorkerProcess]:
-    worker = WorkerProcess(server, tmp_path)
+    yield from _worker(server, tmp_path, "worker")
+
+
+@pytest.fixture
+def second_worker(server: FakeServer, tmp_path: Path) -> Iterator[WorkerProcess]:
+    yield from _worker(server, tmp_path, "second")
+
+
+def _worker(server: FakeServer, tmp_path: Path, name: str) -> Iterator[WorkerProcess]:
+    worker = WorkerProcess(server, tmp_path, name)
     yield worker
     if worker.process and worker.process.poll() is None:
         worker.process.kill()

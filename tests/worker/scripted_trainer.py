@@ -3,7 +3,8 @@
 Keys of the script: steps, step_seconds, checkpoint_every, ignore_signals, silent_seconds (before the first line), end
 (succeeded | exception | exit | kill | torn), at (the step of the end), log (a line for each step), save_seconds,
 linger_seconds (behind the last word), launcher (the work is done by a child in a session of its own, as under torchrun),
-daemon (leave a process behind), leave (a change of the environment, made after it was written to environment.json).
+daemon (leave a process behind), orphan (start a process that is nobody's child), by_name (other keys for the job of that
+name), leave (a change of the environment, made after it was written to environment.json).
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from pathlib import Path
 script = json.loads(Path(sys.argv[1]).read_text())
 workdir = Path(sys.argv[2])
 job = json.loads((workdir / "job.json").read_text())
+script |= script.get("by_name", {}).get(job["spec"]["name"], {})
 asked: list[int] = []
 
 
@@ -31,6 +33,10 @@ def main() -> None:
     if script.get("daemon"):
         left = subprocess.Popen(["sleep", "1000"], start_new_session=True)
         (workdir / "pids.txt").open("a").write(f"{left.pid}\n")
+    if script.get("orphan"):
+        command = ["sh", "-c", "sleep 1000 >/dev/null 2>&1 & echo $!"]
+        found = subprocess.run(command, start_new_session=True, stdout=subprocess.PIPE, check=True)
+        (workdir / "orphan.txt").write_bytes(found.stdout)
     (workdir / "environment.json").write_text(json.dumps(dict(os.environ)))
     if "leave" in script:
         os.environ["LEFT_BEHIND"] = script["leave"]

@@ -1,43 +1,34 @@
-"""The worker process: register, then claim one job after another and run each, until it is told to stop.
+"""The worker process: register, then claim jobs while devices are free and run them side by side, until told to stop.
 
     sftd-worker --server http://127.0.0.1:8000 --data DIR
 
-The first SIGTERM, SIGINT or SIGHUP means stop: no new job; the running one saves a checkpoint and goes back to the
-queue. The second one hurries. What happens to one job is told in `attempt.py`.
+The first SIGTERM, SIGINT or SIGHUP means stop: no new job; running ones save a checkpoint and go back to the queue (at
+once, or after SFTD_DRAIN_SECONDS). Another one hurries. What happens to one job is told in `attempt.py`, how several run
+side by side in `crew.py`.
 """
 
 import argparse
 import logging
 import os
-import platform
 import signal
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
-from importlib import metadata
-from pathlib import Path
 
-from sftd import __version__
-from sftd._transport import Transport, backoff_seconds
-from sftd.errors import ApiError, Conflict, ConnectionFailed, NotFound, ServerError, SftdError, Throttled
-from sftd.protocol import TOKEN_HEADER, Claim, Hello, Lease, Release, Welcome
-from sftd_worker.attempt import Worker, run_attempt
+from sftd._transport import Transport
+from sftd.errors import SftdError
+from sftd_worker.claimer import Claimer
+from sftd_worker.crew import Crew
 from sftd_worker.family import adopt_orphans
-from sftd_worker.gpus import Devices, NoDevice, find_devices
+from sftd_worker.gpus import Devices, NoDevice, find_devices, list_gpus, share_of_cores
 from sftd_worker.process import trainer_environment
+from sftd_worker.registration import CannotWork, NameLock, TooOld, refused, register, too_old
 from sftd_worker.settings import SettingsError, WorkerSettings, read_settings
 from sftd_worker.warm import WarmParent
+from sftd_worker.worker import Stops, Worker
 
 log = logging.getLogger("sftd.worker")
-
-CALL_SECONDS = 10.0  # deadline of a call, beyond the time that the server may hold its answer
-MOST_BACKOFF_SECONDS = 15.0
-TOLD_VERSIONS = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
-
-
-class CannotWork(Exception):
-    """This worker cannot work for that server; trying again would not help."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,19 +48,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(settings: WorkerSettings) -> int:
-    """Work until stopped. Call it from the main thread: trainers are bound to its life, and signals arrive there."""
+    """Work until stopped. Call it from the main thread: what is forked is bound to its life, and signals arrive there."""
     devices = find_devices(device=settings.device, num_wanted=settings.gpus, environment=os.environ)
     transport = Transport(settings.server_url, settings.read_key())
-    worker = Worker(settings, devices, transport, warm=_warm_parent(settings, devices))
+    threads = _threads(devices)
+    worker = Worker(
+        settings,
+        devices,
+        transport,
+        uuid.uuid4().hex,
+        stops=Stops(settings.drain_seconds),
+        warm=_warm_parent(settings, devices, threads),
+        threads=threads,
+    )
     adopt_orphans()
     _listen_for_stop(worker)
-    boot_id = uuid.uuid4().hex
+    name = NameLock(settings.data, settings.worker_name, worker.boot_id)
     if settings.alive_file is not None:
         settings.alive_file.unlink(missing_ok=True)  # an earlier worker's says nothing about this one
     try:
-        _register(worker, boot_id, pause=worker.bell.wait)
+        register(worker, name, pause=worker.bell.wait)
         worker.bell.alive_file = settings.alive_file
-        _work(worker, boot_id)
+        _work(worker, name)
     finally:
         transport.close()
         if worker.warm is not None:
@@ -78,187 +78,128 @@ def run(settings: WorkerSettings) -> int:
     return 0
 
 
-def _warm_parent(settings: WorkerSettings, devices: Devices) -> WarmParent | None:
+def _threads(devices: Devices) -> int | None:
+    """Of one trainer; None: as many as the environment says, or torch likes."""
+    if devices.kind == "cuda" or "OMP_NUM_THREADS" in os.environ:
+        return None
+    return share_of_cores(devices.num_slots)
+
+
+def _warm_parent(settings: WorkerSettings, devices: Devices, threads: int | None) -> WarmParent | None:
     """It may see every device that a trainer may; each trainer is told which are its own."""
     if not settings.warm:
         return None
     every = devices.visible(devices.lock_names())
-    environment = trainer_environment(os.environ, cuda_visible_devices=every, offline=settings.offline)
+    environment = trainer_environment(
+        os.environ, cuda_visible_devices=every, offline=settings.offline, threads=threads
+    )
     return WarmParent(settings.warm_argv, environment=environment)
 
 
-def _work(worker: Worker, boot_id: str) -> None:
-    """Claim → run, until told to stop."""
-    while not worker.stops.count:
-        claimer = Claimer(worker, boot_id)
-        claimer.start()
-        while not claimer.done and not worker.stops.count:
-            if worker.warm is not None:
-                worker.warm.keep()
+def _work(worker: Worker, name: NameLock) -> None:
+    """Claim and run, until told to stop or the server's no; then wait for what runs. Raises CannotWork."""
+    crew = Crew(worker)
+    claimer: Claimer | None = None
+    registering = _Errand(worker, "register", lambda pause: register(worker, name, pause=pause))
+    looking = _Errand(worker, "look", lambda pause: _look_for_lost(worker, pause))
+    no: CannotWork | None = None
+    while no is None and not worker.stops.asked:
+        crew.look()
+        if worker.warm is not None:
+            worker.warm.keep()
+        if worker.is_changed:
+            registering.run()
+        if worker.lost_gpus:
+            looking.run()
+        if claimer is None and crew.wanted_slots():
+            claimer = Claimer(worker, name, crew.wanted_slots)
+            claimer.start()
+        if claimer is not None and claimer.done:
+            done, claimer = claimer, None
+            if done.lease is not None:
+                crew.start(done.lease)
+            no = _no_of(done.error)
+        else:
             worker.bell.wait(1.0)
-        if worker.stops.count:
-            claimer.give_back()
-            return
-        if claimer.error is not None:
-            raise CannotWork(
-                f"The server does not give out jobs to this worker: {claimer.error}"
-            ) from claimer.error
-        if claimer.lease is not None:
-            log.info("%s, attempt %d: claimed", claimer.lease.job_id, claimer.lease.attempt)
-            run_attempt(worker, claimer.lease)
+        no = no or _no_of(registering.error) or (too_old(crew.outdated) if crew.outdated else None)
+    if no is not None:
+        log.error("no more jobs are taken: %s", no)
+    if isinstance(no, TooOld):  # what runs could not be reported either
+        worker.stops.save_now()
+        worker.ring_all()
+    if worker.stops.asked:
+        log.info("stopping: no new jobs; what runs %s", _what_becomes(worker))
+    if claimer is not None:
+        claimer.give_back()
+    for errand in (registering, looking):
+        errand.stop()
+    while crew.busy:
+        worker.bell.wait(1.0)
+        crew.look()
+    if no is not None:
+        raise no
 
 
-class Claimer:
-    """Asks for the next job from a thread of its own, so that the main thread hears signals meanwhile."""
+def _what_becomes(worker: Worker) -> str:
+    seconds = worker.settings.drain_seconds
+    if seconds and not worker.stops.saves:
+        return f"may go on for {seconds:g} s, then it is saved and given back"
+    return "is saved and given back"
 
-    def __init__(self, worker: Worker, boot_id: str) -> None:
-        self.lease: Lease | None = None
+
+def _no_of(error: Exception | None) -> CannotWork | None:
+    """What the error of a thread that speaks to the server means for this worker."""
+    if error is None or isinstance(error, CannotWork):
+        return error
+    what = "The server does not give out jobs to this worker"
+    no = refused(error, what) if isinstance(error, SftdError) else CannotWork(f"{what}: {error!r}")
+    no.__cause__ = error
+    return no
+
+
+class _Errand:
+    """Something that takes its time, done in a thread of its own whenever `run` is called and it is not under way."""
+
+    def __init__(self, worker: Worker, name: str, work: Callable[[Callable[[float], object]], None]) -> None:
         self.error: Exception | None = None
         self._worker = worker
-        self._boot_id = boot_id
-        self._request_id = uuid.uuid4().hex
+        self._name = name
+        self._work = work
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="claim", daemon=True)
+        self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        self._thread.start()
+    def run(self) -> None:
+        """Begin, unless it is under way or has failed."""
+        if self.error is None and (self._thread is None or not self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
 
-    @property
-    def done(self) -> bool:
-        return not self._thread.is_alive()
-
-    def give_back(self) -> None:
-        """Stop asking, and release a job that was handed over in this very moment. Safe to call twice."""
+    def stop(self) -> None:
+        """It ends at its next pause."""
         self._stopped.set()
-        try:
-            # The same request brings the same lease, if the answer under way holds one.
-            lease = self.lease or self._claim(wait_seconds=0)
-            if lease is not None:
-                body = Release(attempt=lease.attempt, message="The worker is being stopped.")
-                headers = {TOKEN_HEADER: lease.token}
-                path = f"/worker/jobs/{lease.job_id}/release"
-                self._worker.transport.request(
-                    "POST", path, body=body, headers=headers, timeout_seconds=CALL_SECONDS
-                )
-        except SftdError as error:
-            log.warning("could not ask whether a job was handed over just now: %s", error)
 
     def _run(self) -> None:
         try:
-            self._ask_until_answered()
-        except Exception as error:  # the edge of a thread; the main thread raises it again
+            self._work(self._stopped.wait)
+        except Exception as error:  # the edge of a thread; the main thread looks at it
+            if not isinstance(error, CannotWork | SftdError):
+                log.exception("%s ended by a mistake of ours", self._name)
             self.error = error
         finally:
             self._worker.bell.ring()
 
-    def _ask_until_answered(self) -> None:
-        num_failures = 0
-        while self.lease is None and not self._stopped.is_set():
-            try:
-                self.lease = self._claim(wait_seconds=self._worker.settings.claim_wait_seconds)
-                self._request_id = uuid.uuid4().hex
-                num_failures = 0
-            except (NotFound, Conflict):  # the request is spent, or the server has new records: begin afresh
-                self._request_id = uuid.uuid4().hex
-                _register(self._worker, self._boot_id, pause=self._stopped.wait)
-                self._stopped.wait(backoff_seconds(num_failures, first=1.0, most=MOST_BACKOFF_SECONDS))
-                num_failures += 1
-            except (ConnectionFailed, ServerError, Throttled) as error:
-                num_failures = _note_failure("claim", error, num_failures)
-                self._stopped.wait(_pause_seconds(error, num_failures))
 
-    def _claim(self, *, wait_seconds: float) -> Lease | None:
-        claim = Claim(
-            worker_id=self._worker.settings.worker_name,
-            boot_id=self._boot_id,
-            request_id=self._request_id,
-            gpus=self._worker.devices.num_slots,
-            wait_seconds=wait_seconds,
-        )
-        reply = self._worker.transport.request(
-            "POST", "/worker/claim", body=claim, timeout_seconds=wait_seconds + CALL_SECONDS, max_retries=0
-        )
-        return None if reply.status == 204 else reply.parse(Lease)
-
-
-def _register(worker: Worker, boot_id: str, *, pause: Callable[[float], object]) -> None:
-    """Say hello until the server answers, and make sure that both sides mean the same data folder."""
-    num_failures = 0
-    while not worker.stops.count:
-        hello = _hello(worker, boot_id)
-        try:
-            reply = worker.transport.request(
-                "POST", "/worker/register", body=hello, timeout_seconds=CALL_SECONDS, max_retries=0
-            )
-        except (ConnectionFailed, ServerError, Throttled) as error:
-            num_failures = _note_failure("register", error, num_failures)
-            pause(_pause_seconds(error, num_failures))
-            continue
-        except ApiError as error:
-            raise CannotWork(f"The server does not accept this worker: {error}") from error
-        _check_installation(worker.settings.data, hello.installation_id, reply.parse(Welcome).installation_id)
-        slots = f"{worker.devices.num_slots} {worker.devices.kind} slot(s)"
-        log.info("registered with %s as %s, %s", worker.transport.url, hello.worker_id, slots)
-        return
-
-
-def _check_installation(data: Path, ours: str | None, theirs: str) -> None:
-    if ours is None:
-        raise CannotWork(
-            f"{data / 'installation.id'} is not there: this is not the server's data folder. Give --data that folder;"
-            " worker and server must share it, on one machine or on one volume."
-        )
-    if ours != theirs:
-        raise CannotWork(
-            f"{data} belongs to another server (its installation is {ours}, the server's is {theirs}); check --data"
-            " and --server."
-        )
-
-
-def _hello(worker: Worker, boot_id: str) -> Hello:
-    return Hello(
-        worker_id=worker.settings.worker_name,
-        boot_id=boot_id,
-        gpus=worker.devices.num_slots,
-        device=worker.devices.kind,
-        labels=worker.settings.labels,
-        versions=_versions(),
-        installation_id=_read_installation_id(worker.settings.data),
-    )
-
-
-def _read_installation_id(data: Path) -> str | None:
-    try:
-        return (data / "installation.id").read_text("utf-8").strip() or None
-    except (OSError, ValueError):
-        return None
-
-
-def _versions() -> dict[str, str]:
-    found = {"sftd": __version__, "python": platform.python_version()}
-    for name in TOLD_VERSIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _note_failure(call: str, error: SftdError, num_failures: int) -> int:
-    if num_failures == 0:
-        log.warning("%s failed, trying on: %s", call, error)
-    return num_failures + 1
-
-
-def _pause_seconds(error: SftdError, num_failures: int) -> float:
-    asked = error.retry_after_seconds if isinstance(error, ApiError) else None
-    return asked or backoff_seconds(num_failures, first=0.1, most=MOST_BACKOFF_SECONDS)
+def _look_for_lost(worker: Worker, pause: Callable[[float], object]) -> None:
+    """One look for lost GPUs, after a while."""
+    pause(worker.settings.gpu_look_seconds)
+    listed = {gpu.uuid for gpu in list_gpus()}
+    worker.regain([gpu for gpu in worker.lost_gpus if gpu.uuid in listed])
 
 
 def _listen_for_stop(worker: Worker) -> None:
     def on_signal(number: int, frame: object) -> None:
-        worker.stops.count += 1
-        worker.bell.ring()
+        worker.stops.add()
+        worker.ring_all()
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)

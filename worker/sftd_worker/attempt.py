@@ -1,21 +1,20 @@
 """One attempt at one job, from the lease to the last call.
 
-The main thread runs it. What the user wants (`keeper.want`), whether the lease is held (`keeper.still_held()`), whether
-the worker is being stopped (`stops.count`) and how the trainer stands are plain states; every thread that changes one
-rings the bell, and the main thread looks at all of them again.
+A thread of its own runs it, beside those of other attempts. What the user wants (`keeper.want`), what the server asks for
+(`keeper.make_room`, `keeper.draining`), whether the lease is held (`keeper.still_held()`), whether the worker is being
+stopped (`stops`) and how the trainer stands are plain states; whoever changes one rings the attempt's bell, and the
+attempt looks at all of them again.
 """
 
-import contextlib
 import errno
 import logging
 import os
-import queue
+import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
-from sftd._transport import Transport
 from sftd.errors import SequenceGap
 from sftd.protocol import (
     MAX_LINE_CHARS,
@@ -29,79 +28,38 @@ from sftd.protocol import (
 )
 from sftd.schemas import FailureReason, Want
 from sftd_worker.files import Prepared, PrepareFailed, job_folder, prepare, write_job
-from sftd_worker.gpus import Devices, Locks
-from sftd_worker.lease import LeaseKeeper
+from sftd_worker.gpus import Gpu, Locks, find_lost
+from sftd_worker.lease import LeaseKeeper, Outdated
 from sftd_worker.outbox import Fenced, Outbox, Refused
 from sftd_worker.process import Order, Trainer, secrets_of, trainer_environment
-from sftd_worker.settings import WorkerSettings
 from sftd_worker.shipper import TAIL_LINES, Shipper, cut, scrubbed
 from sftd_worker.spool import Spool
-from sftd_worker.warm import WarmParent
+from sftd_worker.worker import Bell, Worker
 
 log = logging.getLogger("sftd.worker")
 
 TRAINER_LOCK = ".trainer.lock"
+THREADS_FILE = ".threads"  # of the job's first trainer on CPU; 0: as many as torch likes
 TAIL_LINE_CHARS = 2000
 MAX_MESSAGE_CHARS = 8000
-HURRIED_SECONDS = 3.0  # for the last calls once the worker was told to stop a second time
+HURRIED_SECONDS = 3.0  # for the last calls of a worker that was told to hurry
+MOST_THREADS = 4096
+ABOUT_GPUS = re.compile(r"cuda|nccl|nvml|cublas|cudnn", re.IGNORECASE)
 
-
-class Bell:
-    """Wakes the main thread. Ringing is safe from any thread and from a signal handler; an Event's set() is not.
-
-    The main thread waits here again and again, whatever it does: so this is where it shows that it lives.
-    """
-
-    def __init__(self) -> None:
-        self._rings: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.alive_file: Path | None = None  # set once the worker is registered
-
-    def ring(self) -> None:
-        self._rings.put(None)
-
-    def wait(self, seconds: float) -> None:
-        """Wait for a ring, at most so long. Rings that came before count."""
-        self.show_life()
-        try:
-            self._rings.get(timeout=max(0.0, seconds))
-            while True:
-                self._rings.get_nowait()
-        except queue.Empty:
-            return
-
-    def show_life(self) -> None:
-        """Touch the file that health checks look at."""
-        if self.alive_file is not None:
-            with contextlib.suppress(OSError):  # an unhealthy mark is no reason to end a job
-                self.alive_file.touch()
-
-
-@dataclass
-class Stops:
-    """How often the worker was told to stop: once, it saves and gives its job back; twice, it hurries."""
-
-    count: int = 0
-
-
-@dataclass(frozen=True)
-class Worker:
-    """What all attempts of this process share."""
-
-    settings: WorkerSettings
-    devices: Devices
-    transport: Transport
-    bell: Bell = field(default_factory=Bell)
-    stops: Stops = field(default_factory=Stops)
-    warm: WarmParent | None = None
+ReleaseReason = Literal["stopping", "preempted", "gpu_lost", "busy", "wanted_again"]
 
 
 class _Interrupted(Exception):
     """The attempt ends before its trainer runs: cancelled, paused, lease lost, or the worker is being stopped."""
 
 
-def run_attempt(worker: Worker, lease: Lease) -> None:
-    """Claimed → prepare → spawn → stream → clean up → finish. The last call is the last thing that happens."""
-    attempt = _Attempt(worker, lease)
+def run_attempt(worker: Worker, lease: Lease, bell: Bell, *, on_draining: Callable[[], None]) -> None:
+    """Claimed → prepare → spawn → stream → clean up → finish. The last call is the last thing that happens.
+
+    The trainer is bound to the calling thread's life. `on_draining` is called when the server wants no jobs on this
+    worker. Raises Outdated where it does not serve this version any more.
+    """
+    attempt = _Attempt(worker, lease, bell, on_draining)
     attempt.keeper.start()
     try:
         last_call = attempt.run()
@@ -114,21 +72,30 @@ def run_attempt(worker: Worker, lease: Lease) -> None:
         attempt.keeper.close()
     if lost:
         log.warning("%s, attempt %d: lease lost (%s)", lease.job_id, lease.attempt, attempt.keeper.lost)
+    attempt.await_device()
+    if attempt.keeper.outdated is not None:
+        raise Outdated(attempt.keeper.outdated)
 
 
 class _Attempt:
-    def __init__(self, worker: Worker, lease: Lease) -> None:
+    def __init__(self, worker: Worker, lease: Lease, bell: Bell, on_draining: Callable[[], None]) -> None:
         self.worker = worker
         self.lease = lease
+        self.bell = bell
+        self.on_draining = on_draining
         self.settings = worker.settings
         self.keeper = LeaseKeeper(
             lease,
             worker.transport,
             wait_seconds=worker.settings.heartbeat_wait_seconds,
-            on_news=worker.bell.ring,
+            refused_means_down=worker.refused_means_down,
+            on_news=self._on_news,
         )
         self.outbox = Outbox(worker.transport, self.keeper)
         self.locks = Locks()
+        self.gpus: tuple[Gpu, ...] = ()  # that the trainer was given
+        self.threads = worker.threads
+        self.trainer: Trainer | None = None
         environment = dict(os.environ)
         self.secrets = secrets_of({**environment, "SFTD_WORKER_KEY": worker.settings.read_key()})
 
@@ -139,7 +106,8 @@ class _Attempt:
             prepared = prepare(self.lease, self.settings, check=self._check)
             folder = job_folder(self.settings.data, self.lease)
             if not self._take_locks(folder):
-                return self._release("An earlier trainer still holds the device or the job's folder.")
+                return self._release("An earlier trainer still holds the device or the job's folder.", "busy")
+            self.threads = self._settle_threads(prepared, folder)
             self._await_warm()
             self._check()
             return self._train(prepared, folder)
@@ -161,9 +129,7 @@ class _Attempt:
         name, what = ("finish", call.state) if isinstance(call, Finish) else ("release", "released")
         where = f"{self.lease.job_id}, attempt {self.lease.attempt}"
         try:
-            self.outbox.send(
-                name, call, pause=self.worker.bell.wait, given_up=lambda: self._out_of_patience(since)
-            )
+            self.outbox.send(name, call, pause=self.bell.wait, given_up=lambda: self._out_of_patience(since))
             log.info("%s: %s", where, what)
         except Fenced as fenced:
             log.warning("%s: %s was not heard (%s)", where, what, fenced)
@@ -174,9 +140,20 @@ class _Attempt:
     def _say_instead(self, refused: Finish | Release, why: str) -> None:
         """The server does not take the last call: say what it will take, so that the job does not hang in the lease."""
         if isinstance(refused, Finish) and refused.state in ("cancelled", "paused"):
-            self.say_last(self._release("The job is wanted again."))  # the wish was taken back meanwhile
+            # The wish was taken back meanwhile.
+            self.say_last(self._release("The job is wanted again.", "wanted_again"))
         elif isinstance(refused, Finish) and refused.reason is not FailureReason.WORKER_ERROR:
             self.say_last(self._failed(FailureReason.WORKER_ERROR, f"The server refused the result: {why}"))
+
+    def await_device(self) -> None:
+        """A killed trainer that hangs in the kernel keeps its GPU: until it goes, no other job is taken for that one."""
+        while self.trainer is not None and self.trainer.running and self.gpus and not self.worker.stops.asked:
+            self.bell.wait(1.0)
+
+    def _on_news(self) -> None:
+        self.bell.ring()
+        if self.keeper.draining:
+            self.on_draining()
 
     # ------------------------------------------------------------ before training
 
@@ -184,38 +161,57 @@ class _Attempt:
         """Nothing is begun before the server has confirmed the lease: the job may be cancelled already."""
         while not self.keeper.heard:
             self._check()
-            self.worker.bell.wait(0.1)
+            self.bell.wait(0.1)
         self._check()
 
     def _check(self) -> None:
         """Raise _Interrupted if the attempt should not go on. Called between pieces of preparation."""
-        self.worker.bell.show_life()
-        if not self.keeper.still_held() or self.keeper.want is not Want.RUN or self.worker.stops.count:
+        if not self.keeper.still_held() or self.keeper.want is not Want.RUN or self._must_yield:
             raise _Interrupted
+
+    @property
+    def _must_yield(self) -> bool:
+        """The job is wanted, but not here and now."""
+        return self.worker.stops.saves or self.keeper.draining or self.keeper.make_room
 
     def _take_locks(self, folder: Path) -> bool:
         """Wait for earlier trainers on these devices and in this folder to be gone. False: they did not go in time."""
         deadline = time.monotonic() + self.settings.lock_wait_seconds
-        names = self.worker.devices.lock_names()
         while time.monotonic() <= deadline:
             if self.locks.take(folder, [TRAINER_LOCK], 1):
+                names = self.worker.devices.lock_names()  # asked again: a GPU may be lost or back
                 if self.locks.take(self.settings.data / "locks", names, self.lease.spec.gpus):
                     return True
                 self.locks.let_go()
             self._check()
-            self.worker.bell.wait(0.1)
+            self.bell.wait(0.1)
         return False
+
+    def _settle_threads(self, prepared: Prepared, folder: Path) -> int | None:
+        """Threads of the trainer on CPU. Sums depend on how many there are, so all attempts of a job have as many as
+        its first, whatever worker they are on; what was begun before this was kept had as many as torch likes."""
+        if self.worker.devices.kind == "cuda" or "OMP_NUM_THREADS" in os.environ:
+            return None
+        file = folder / THREADS_FILE
+        try:
+            threads = min(MOST_THREADS, max(0, int(file.read_text())))
+        except (OSError, ValueError):
+            goes_on = self.lease.attempt > 1 and prepared.job.resume_from is not None
+            threads = 0 if goes_on else self.worker.threads or 0
+            file.write_text(str(threads))
+        return threads or None
 
     def _await_warm(self) -> None:
         """A warm parent at its imports is waited for: they would take no less time in a trainer of its own."""
         while not self._cold and self.worker.warm is not None and self.worker.warm.starting:
             self._check()
-            self.worker.bell.wait(0.05)
+            self.bell.wait(0.05)
 
     @property
     def _cold(self) -> bool:
-        """Ranks are started by torchrun, which imports for itself."""
-        return self.lease.spec.gpus > 1
+        """Ranks are started by torchrun, which imports for itself; and how many threads there are is read once, at the
+        import of torch."""
+        return self.lease.spec.gpus > 1 or self.threads != self.worker.threads
 
     def _verdict_before_training(self) -> Finish | Release | None:
         if not self.keeper.still_held():
@@ -236,7 +232,7 @@ class _Attempt:
             spool.append(EventLine(type="notice", attempt=self.lease.attempt, at=now, message=notice))
         write_job(prepared.job)
         trainer_start = spool.size()
-        trainer = self._spawn(folder)
+        self.trainer = trainer = self._spawn(folder)
         self.locks.let_go()  # the trainer holds them now, and only it
         shipper = Shipper(
             spool,
@@ -245,7 +241,7 @@ class _Attempt:
             folder=folder,
             secrets=self.secrets,
             first=prepared.corrupt,
-            on_done=self.worker.bell.ring,
+            on_done=self.bell.ring,
         )
         shipper.start()
         ended_at: float | None = None  # when its last word came by
@@ -257,7 +253,7 @@ class _Attempt:
                     ended_at = time.monotonic()
                 over = ended_at is not None and time.monotonic() - ended_at > self.settings.last_word_seconds
                 trainer.obey(self._order(may_save=may_save, broken=over or shipper.error is not None))
-                self.worker.bell.wait(self._seconds_until_next_look(trainer))
+                self.bell.wait(self._seconds_until_next_look(trainer))
         finally:
             trainer.kill()  # of use only if the lines above raised
             shipper.finish()
@@ -265,10 +261,12 @@ class _Attempt:
         return self._verdict(trainer, shipper)
 
     def _spawn(self, folder: Path) -> Trainer:
+        self.gpus = self.worker.devices.behind(self.locks.names)
         environment = trainer_environment(
             os.environ,
-            cuda_visible_devices=self.worker.devices.visible(self.locks.names),
+            cuda_visible_devices=",".join(gpu.uuid for gpu in self.gpus),
             offline=self.settings.offline,
+            threads=self.threads,
         )
         return Trainer(
             self.settings.trainer_argv,
@@ -278,18 +276,18 @@ class _Attempt:
             lock_fds=self.locks.fds,
             save_grace_seconds=self.settings.checkpoint_grace_seconds,
             stop_grace_seconds=self.settings.cancel_grace_seconds,
-            on_exit=self.worker.bell.ring,
+            on_exit=self.bell.ring,
             warm=self.worker.warm,
             cold=self._cold,
         )
 
     def _order(self, *, may_save: bool, broken: bool) -> Order:
         """What the trainer is to do, as things stand."""
-        if not self.keeper.still_held() or broken or self.worker.stops.count > 1:
+        if not self.keeper.still_held() or broken or self.worker.stops.hurries:
             return Order.KILL
         if self.keeper.want is Want.CANCEL:
             return Order.STOP
-        if self.keeper.want is Want.PAUSE or self.worker.stops.count:
+        if self.keeper.want is Want.PAUSE or self._must_yield:
             return Order.SAVE_AND_STOP if may_save else Order.STOP
         return Order.RUN
 
@@ -303,12 +301,12 @@ class _Attempt:
         while not shipper.done.is_set() and self.keeper.still_held():
             if self._out_of_patience(since):
                 self.outbox.call_off()
-            self.worker.bell.wait(0.5)
+            self.bell.wait(0.5)
 
     def _out_of_patience(self, since: float) -> bool:
-        if not self.worker.stops.count:
+        if not self.worker.stops.saves:
             return False
-        allowed = HURRIED_SECONDS if self.worker.stops.count > 1 else self.settings.checkpoint_grace_seconds
+        allowed = HURRIED_SECONDS if self.worker.stops.hurries else self.settings.checkpoint_grace_seconds
         return time.monotonic() - since > allowed
 
     # ------------------------------------------------------------ the last call
@@ -325,6 +323,8 @@ class _Attempt:
             return self._succeeded(end)
         if self.keeper.want is Want.CANCEL:
             return Finish(attempt=self.lease.attempt, state="cancelled")
+        if lost := self._lost_gpus(trainer, end, tail):
+            return self._gpus_lost(lost)
         if end is not None and end.outcome == "failed":
             reason = end.reason or FailureReason.TRAINER_ERROR
             return self._failed(reason, end.message or trainer.describe_exit(), tail)
@@ -348,13 +348,31 @@ class _Attempt:
             log_tail=lines,
         )
 
-    def _release_as_things_stand(self) -> Release:
-        if self.worker.stops.count:
-            return self._release("The worker is being stopped.")
-        return self._release("The trainer was stopped, but is wanted again.")
+    def _lost_gpus(self, trainer: Trainer, end: EndLine | None, tail: Sequence[str]) -> tuple[Gpu, ...]:
+        """Asked where the trainer died by itself, or failed with an error that may come of it."""
+        if end is None:
+            may_be = trainer.order is Order.RUN
+        else:
+            may_be = end.outcome == "failed" and any(map(ABOUT_GPUS.search, [end.message or "", *tail]))
+        return find_lost(self.gpus) if may_be else ()
 
-    def _release(self, message: str) -> Release:
-        return Release(attempt=self.lease.attempt, message=message)
+    def _gpus_lost(self, gpus: Sequence[Gpu]) -> Release:
+        # Before the job is given back: else this worker might take it again for the same GPU.
+        self.worker.lose(gpus)
+        names = ", ".join(gpu.uuid for gpu in gpus)
+        return self._release(f"The driver has lost {names}; the job goes on on another GPU.", "gpu_lost")
+
+    def _release_as_things_stand(self) -> Release:
+        if self.worker.stops.saves:
+            return self._release("The worker is being stopped.", "stopping")
+        if self.keeper.draining:
+            return self._release("The worker is being drained.", "stopping")
+        if self.keeper.make_room:
+            return self._release("Another job needs its place.", "preempted")
+        return self._release("The trainer was stopped, but is wanted again.", "wanted_again")
+
+    def _release(self, message: str, reason: ReleaseReason) -> Release:
+        return Release(attempt=self.lease.attempt, message=message, reason=reason)
 
     def _clean(self, text: str) -> str:
         return cut(scrubbed(text, self.secrets), MAX_MESSAGE_CHARS)

@@ -6,9 +6,10 @@ import ctypes
 import os
 import select
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 # What this process has started and that lives, by process id. Something that hangs in the kernel may die when other
@@ -24,6 +25,30 @@ _PR_SET_CHILD_SUBREAPER = 36
 def adopt_orphans() -> None:
     """Descendants of this process whose parent dies become its children, not init's: so they can be found."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def run(argv: Sequence[str], *, timeout_seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a short command and read what it says, both streams together. Raises OSError or subprocess.TimeoutExpired.
+
+    For commands that may run while trainers do: what this process starts and does not know is taken for an orphan.
+    """
+    with births_and_deaths:
+        process = subprocess.Popen(
+            list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        living.add(process.pid)
+    try:
+        output, _ = process.communicate(timeout=timeout_seconds)
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        if process.stdout is not None:
+            process.stdout.close()
+        with births_and_deaths:  # one that hangs in the kernel is an orphan from here on
+            process.poll()
+            living.discard(process.pid)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, "")
 
 
 def descendants(pid: int, *, besides: Collection[int] = ()) -> list[int]:
@@ -63,8 +88,10 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def end_orphans() -> None:
-    """Kill and bury what a dead child left to this process: all that descends from it but what is `living` and what
-    descends from that. One that hangs in the kernel is not waited for."""
+    """Kill and bury what dead children left to this process: all that descends from it but what is `living` and what
+    descends from that. One that hangs in the kernel is not waited for.
+
+    What a trainer that lives has left to itself stays below it: each is its own descendants' next of kin."""
     left = descendants(os.getpid(), besides=living)
     for pid in left:
         send(pid, signal.SIGKILL)

@@ -7,13 +7,21 @@ trainings ever share a GPU, however late the first one dies.
 import csv
 import fcntl
 import os
+import re
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-NVIDIA_SMI = ("nvidia-smi", "--query-gpu=index,uuid,memory.total,name", "--format=csv,noheader,nounits")
+from sftd_worker import family
+
+NVIDIA_SMI = (
+    "nvidia-smi",
+    "--query-gpu=index,uuid,memory.total,name,pci.bus_id",
+    "--format=csv,noheader,nounits",
+)
+SMI_SECONDS = 30.0
 SPARE_CPU_LOCKS = 64  # several workers may share a machine's CPU; each takes free slots
 
 
@@ -29,6 +37,7 @@ class Gpu:
     uuid: str
     memory_mib: int
     name: str
+    bus_id: str = field(default="", compare=False)  # PCI address; "" where it is not told
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,23 @@ class Devices:
             return [f"gpu-{gpu.uuid}.lock" for gpu in self.gpus]
         return [f"cpu-{slot}.lock" for slot in range(self.num_slots + SPARE_CPU_LOCKS)]
 
+    def with_gpus(self, gpus: tuple[Gpu, ...]) -> "Devices":
+        """The same worker with other GPUs."""
+        return Devices(self.kind, gpus, len(gpus))
+
+    def behind(self, lock_names: Sequence[str]) -> tuple[Gpu, ...]:
+        """The GPUs whose locks these are."""
+        return tuple(gpu for gpu in self.gpus if f"gpu-{gpu.uuid}.lock" in lock_names)
+
+    @property
+    def gpu_memory_gb(self) -> float | None:
+        """Memory of the smallest GPU in GiB; None where it is not known."""
+        smallest = min((gpu.memory_mib for gpu in self.gpus), default=0)
+        return round(smallest / 1024, 3) if smallest else None
+
     def visible(self, lock_names: list[str]) -> str:
         """CUDA_VISIBLE_DEVICES for the devices behind these locks; empty hides all GPUs."""
-        return ",".join(gpu.uuid for gpu in self.gpus if f"gpu-{gpu.uuid}.lock" in lock_names)
+        return ",".join(gpu.uuid for gpu in self.behind(lock_names))
 
 
 def find_devices(*, device: str, num_wanted: int | None, environment: Mapping[str, str]) -> Devices:
@@ -65,21 +88,64 @@ def find_devices(*, device: str, num_wanted: int | None, environment: Mapping[st
 
 def list_gpus() -> tuple[Gpu, ...]:
     """All GPUs of the machine, or none where there is no driver."""
-    try:
-        done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ()
-    return parse_gpus(done.stdout)
+    return _look().gpus
 
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:
-    """The rows that nvidia-smi prints. Memory is unknown (0) where the driver does not tell."""
+    """The rows that nvidia-smi prints. Memory is unknown (0) where the driver does not tell. A GPU of whose fields one
+    says that it is lost is left out."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if len(row) >= 4]
     return tuple(
-        Gpu(int(index), uuid, int(memory) if memory.isdigit() else 0, name)
-        for index, uuid, memory, name, *_ in rows
-        if index.isdigit()
+        Gpu(int(index), uuid, int(memory) if memory.isdigit() else 0, name, *more[:1])
+        for index, uuid, memory, name, *more in rows
+        if index.isdigit() and not _LOST.search(" ".join([uuid, memory, name, *more]))
     )
+
+
+def find_lost(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
+    """Those of these GPUs that the driver does not list any more, or says to have lost.
+
+    None of them where nvidia-smi does not answer, or fails for another reason: that says nothing about a GPU.
+    """
+    sight = _look()
+    complains = _LOST.search(sight.text) is not None
+    if not gpus or not (sight.ok or complains):
+        return ()
+    unlisted = tuple(gpu for gpu in gpus if gpu.uuid not in {found.uuid for found in sight.gpus})
+    # It may give up at the lost one, and not list the healthy ones behind it: then its complaint tells which.
+    named = {
+        _bus(found) for line in sight.text.splitlines() if _LOST.search(line) for found in _BUS.findall(line)
+    }
+    if complains and named and all(gpu.bus_id for gpu in unlisted):
+        return tuple(gpu for gpu in unlisted if _bus(gpu.bus_id) in named)
+    return unlisted
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """What nvidia-smi showed."""
+
+    ok: bool
+    gpus: tuple[Gpu, ...] = ()
+    text: str = ""
+
+
+_LOST = re.compile(r"is lost|fallen off the bus|unable to determine the device handle", re.IGNORECASE)
+_BUS = re.compile(r"\b[0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-9]\b")
+
+
+def _look() -> _Sight:
+    try:
+        done = family.run(NVIDIA_SMI, timeout_seconds=SMI_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return _Sight(ok=False)
+    return _Sight(done.returncode == 0, parse_gpus(done.stdout), done.stdout)
+
+
+def _bus(bus_id: str) -> str:
+    """A PCI address in one form: nvidia-smi writes its first part with four digits or with eight."""
+    domain, _, rest = bus_id.partition(":")
+    return f"{int(domain, 16):x}:{rest.lower()}"
 
 
 def visible_gpus(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
@@ -143,3 +209,22 @@ def _locked(path: Path) -> int | None:
 def _close(fds: list[int]) -> None:
     for fd in fds:
         os.close(fd)
+
+
+def share_of_cores(num_slots: int) -> int | None:
+    """Threads of a trainer that shares this machine's CPU with others; None where it has all of it to itself.
+
+    Cores count, not their hyperthreads: that is what torch goes by too.
+    """
+    if num_slots == 1:
+        return None
+    cores = {_siblings(cpu) for cpu in os.sched_getaffinity(0)}
+    return max(1, len(cores) // num_slots)
+
+
+def _siblings(cpu: int) -> str:
+    """The CPUs that are one core together with this one."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)

@@ -2,7 +2,8 @@
 
 A lease is lost when the server says so (409), or when 0.8 of its length has passed since the last heartbeat that the
 server acknowledged was *sent*: by then the server may soon hand the job on, and this worker must have let go. A refused
-connection counts like an acknowledgement: it shows that no server runs, and a server that starts extends every lease.
+connection counts like an acknowledgement where the server says so (there is only one): it shows that no server runs, and
+a server that starts extends every lease.
 """
 
 import logging
@@ -19,20 +20,36 @@ log = logging.getLogger("sftd.worker")
 
 HEARTBEAT_TIMEOUT_SECONDS = 5.0  # beyond the time that the server may hold the answer
 FENCE_SHARE = 0.8
+UPGRADE_REQUIRED = 426
+
+
+class Outdated(Exception):
+    """The server does not serve this version of the worker any more."""
 
 
 class LeaseKeeper:
-    """Sends heartbeats from a thread of its own and keeps what they bring: `want`, and `lost` once it is."""
+    """Sends heartbeats from a thread of its own and keeps what they bring: what is wanted, and `lost` once it is."""
 
     def __init__(
-        self, lease: Lease, transport: Transport, *, wait_seconds: float, on_news: Callable[[], None]
+        self,
+        lease: Lease,
+        transport: Transport,
+        *,
+        wait_seconds: float,
+        on_news: Callable[[], None],
+        refused_means_down: bool = True,
     ) -> None:
         self.lease = lease
-        self.want = Want.RUN
+        self.want = Want.RUN  # of the user
+        self.make_room = False  # of the server: another job needs this one's place
+        self.draining = False  # of the server: this worker shall have no jobs
+        self.next_upload_seconds: float | None = None  # of the server: report no more often
         self.lost: str | None = None  # why
+        self.outdated: str | None = None  # the server's word, where it does not serve this version any more
         self.heard = False  # the server has confirmed the lease
         self.step = 0  # the newest step, set by the shipper, told to the server
         self._transport = transport
+        self._refused_means_down = refused_means_down
         # Held answers must leave room for several tries before the fence.
         self._wait_seconds = min(wait_seconds, lease.lease_seconds / 8)
         self._on_news = on_news
@@ -82,23 +99,35 @@ class LeaseKeeper:
                 self.lose(str(error))
                 return
             except SftdError as error:
+                if isinstance(error, ApiError) and error.status == UPGRADE_REQUIRED:
+                    self.outdated = str(error)
+                    self.lose(str(error))
+                    return
                 self._missed(error, sent_at, num_failures)
                 num_failures += 1
                 continue
             num_failures = 0
             self._acknowledged_at = sent_at
-            is_news = directive.want is not self.want or not self.heard
-            self.want, self.heard = directive.want, True
-            if is_news:
+            if self._take(directive):
                 self._on_news()
             elif time.monotonic() - sent_at < self._wait_seconds / 2:
                 self._closed.wait(
                     self._wait_seconds / 2
                 )  # a server that does not hold the answer is not flooded
 
+    def _take(self, directive: Directive) -> bool:
+        """Keep what an answer says. Is it news for the attempt?"""
+        before = (self.want, self.make_room, self.draining, self.heard)
+        self.want, self.make_room, self.draining = directive.want, directive.make_room, directive.draining
+        self._refused_means_down = directive.refused_means_down
+        self.next_upload_seconds = directive.next_upload_seconds
+        self.heard = True
+        return before != (self.want, self.make_room, self.draining, self.heard)
+
     def _missed(self, error: SftdError, sent_at: float, num_failures: int) -> None:
         """A heartbeat was not acknowledged: wait before the next, which must come well before the fence."""
-        if isinstance(error, ConnectionFailed) and error.refused and self._transport.nothing_listens():
+        refused = isinstance(error, ConnectionFailed) and error.refused and self._refused_means_down
+        if refused and self._transport.nothing_listens():
             self._acknowledged_at = sent_at
         if num_failures == 0:
             log.warning("heartbeat of %s failed, trying on: %s", self.lease.job_id, error)
@@ -112,6 +141,8 @@ class LeaseKeeper:
             started=True,
             step=self.step,
             seen_want=self.want,
+            seen_make_room=self.make_room,
+            seen_draining=self.draining,
             # The first answer is wanted at once: the job may have been cancelled on its way here.
             wait_seconds=self._wait_seconds if self.heard else 0,
         )

@@ -60,7 +60,7 @@ class Started(Protocol):
 
 
 class Trainer:
-    """A running trainer. Spawn it from the main thread: the tether is bound to the spawning thread's life.
+    """A running trainer. It dies with the thread that spawns it, or with the agent where it is forked.
 
     It is forked off `warm`, or started as `argv`: where there is no warm parent, where it fails, or if `cold` says so.
     """
@@ -95,7 +95,7 @@ class Trainer:
             with family.births_and_deaths:
                 forked = None if cold else _fork(warm, folder, environment, output.fileno(), lock_fds)
                 self._process: Started = forked or subprocess.Popen(
-                    tethered([*argv, str(folder)]),
+                    tethered([*argv, str(folder)], adopts=True),
                     cwd=folder,
                     env=dict(environment),
                     stdin=subprocess.DEVNULL,
@@ -200,9 +200,12 @@ def _fork(
 
 
 def trainer_environment(
-    environment: Mapping[str, str], *, cuda_visible_devices: str, offline: bool
+    environment: Mapping[str, str], *, cuda_visible_devices: str, offline: bool, threads: int | None = None
 ) -> dict[str, str]:
-    """What the trainer may see of the worker's environment. No SFTD_ name is on the list: keys stay here."""
+    """What the trainer may see of the worker's environment. No SFTD_ name is on the list: keys stay here.
+
+    `threads`: its share of the machine's cores, unless the worker's environment says OMP_NUM_THREADS.
+    """
     allowed = {
         name: value
         for name, value in environment.items()
@@ -218,6 +221,8 @@ def trainer_environment(
         "OPENBLAS_NUM_THREADS": "1",
         "JE_ARROW_MALLOC_CONF": "background_thread:false",
     }
+    if threads:
+        allowed.setdefault("OMP_NUM_THREADS", str(threads))
     # Every step has other sizes: blocks that cannot grow would leave holes, and run out of memory that is there.
     if not any(name in allowed for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         allowed["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -71,6 +71,11 @@ class WorkerSettings(BaseModel):
         ge=0,
         description="How long saving a checkpoint may take when a job is paused or the worker stops.",
     )
+    drain_seconds: float = Field(
+        0,
+        ge=0,
+        description="How long running jobs may go on after the first SIGTERM, before they are saved and given back.",
+    )
     claim_wait_seconds: float = Field(
         25, ge=0, le=60, description="How long a call for the next job is held open."
     )
@@ -88,8 +93,9 @@ class WorkerSettings(BaseModel):
         True,
         description="Keep a process that has imported torch and the rest, and fork trainers off it: jobs start at once.",
     )
-    # Not settable from outside: how long a trainer may stay behind its last word, how it and its warm parent are started.
-    # Tests put scripted ones here.
+    # Not settable from outside: how long a trainer may stay behind its last word, how often a lost GPU is looked for, how
+    # trainer and warm parent are started. Tests put scripted ones here.
+    gpu_look_seconds: float = Field(60, exclude=True)
     last_word_seconds: float = Field(60, exclude=True)
     trainer_argv: tuple[str, ...] = Field((sys.executable, "-m", "sftd_worker.trainer"), exclude=True)
     warm_argv: tuple[str, ...] = Field((sys.executable, "-P", "-m", "sftd_worker.trainer.warm"), exclude=True)

@@ -47,6 +47,7 @@ Numbered = tuple[int, Item]  # the how-manieth of its kind in the spool, from 0
 
 KINDS: tuple[Kind, ...] = ("events", "metrics", "logs")  # the order within one round: `run` before its steps
 POLL_SECONDS = 0.25
+MOST_PACE_SECONDS = 15.0  # between two rounds, whatever the server asks for: steps are seen by them too
 MAX_ROUND_LINES = 5000  # read at once; bounds the memory that a long outage costs
 MAX_EVENT_CHARS = 16000
 TAIL_LINES = 40
@@ -116,11 +117,13 @@ class Shipper:
             last_round = (
                 self._writer_gone.is_set()
             )  # asked before reading: what was written until then is read
-            if self._ship_round(to_end=last_round):
-                continue
+            shipped = self._ship_round(to_end=last_round)
             if last_round:
-                return
-            self._writer_gone.wait(POLL_SECONDS)
+                if not shipped:
+                    return
+                continue  # the last call waits for it
+            pace = min(MOST_PACE_SECONDS, self._keeper.next_upload_seconds or 0)
+            self._writer_gone.wait(pace if shipped else max(pace, POLL_SECONDS))
 
     def _ship_round(self, *, to_end: bool) -> bool:
         """Ship the lines up to the next checkpoint (or so many), then that checkpoint. False: there were none."""

@@ -45,7 +45,9 @@ class ForkedTrainer:
 
 
 class WarmParent:
-    """One warm parent after another. Use it from the main thread alone: their lives are bound to that thread's.
+    """One warm parent after another. `keep` is the main thread's alone: their lives are bound to that thread's. Forks may
+    be asked for from any thread, one at a time; what is forked dies with the agent's main thread, since the kernel gives
+    what is adopted to a process's first thread.
 
     The agent must be the next of kin of its descendants (`family.adopt_orphans`), else nothing is ever forked.
     """
@@ -68,51 +70,59 @@ class WarmParent:
 
     def keep(self) -> None:
         """Start one if there is none. Returns at once; call it again and again."""
-        self._look()
-        if self._process is None and self._num_failures < MAX_FAILURES and sys.platform == "linux":
-            try:
-                self._start()
-            except OSError as error:  # no memory or process number is to be had
-                self._lose(f"it could not be started ({error})")
+        if not family.births_and_deaths.acquire(blocking=False):
+            return  # a trainer is born or buried, which may take seconds: the main thread has other things to do
+        try:
+            self._look()
+            if self._process is None and self._num_failures < MAX_FAILURES and sys.platform == "linux":
+                try:
+                    self._start()
+                except OSError as error:  # no memory or process number is to be had
+                    self._lose(f"it could not be started ({error})")
+        finally:
+            family.births_and_deaths.release()
 
     @property
     def starting(self) -> bool:
         """It is at its imports: to wait for it takes less time than to begin anew."""
-        self._look()
-        return self._process is not None and not self._ready
+        with family.births_and_deaths:
+            self._look()
+            return self._process is not None and not self._ready
 
     def fork(
         self, folder: Path, *, environment: Mapping[str, str], output_fd: int, lock_fds: Sequence[int]
     ) -> ForkedTrainer:
         """A trainer on this folder, in a session of its own, that holds the locks. Raises CannotFork."""
-        self._look()
-        if self._socket is None or not self._ready:
-            raise CannotFork("it is not there")
-        try:
-            start = TrainerStart(folder=str(folder), environment=dict(environment))
-            trainer = _fork(self._socket, start.model_dump_json().encode(), [output_fd, *lock_fds])
-        except (OSError, ValueError) as error:
-            self._lose(f"it did not give a trainer ({error})")
-            raise CannotFork(str(error)) from error
-        self._num_failures = 0
-        return trainer
+        with family.births_and_deaths:
+            self._look()
+            if self._socket is None or not self._ready:
+                raise CannotFork("it is not there")
+            try:
+                start = TrainerStart(folder=str(folder), environment=dict(environment))
+                trainer = _fork(self._socket, start.model_dump_json().encode(), [output_fd, *lock_fds])
+            except (OSError, ValueError) as error:
+                self._lose(f"it did not give a trainer ({error})")
+                raise CannotFork(str(error)) from error
+            self._num_failures = 0
+            return trainer
 
     def end(self) -> None:
         """End it, and wait for that a moment. Safe to call twice; its trainers live on."""
-        if self._process is not None:
-            self._process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(END_SECONDS)
-            self._dying.append(self._process)
-            self._bury()
-        if self._socket is not None:
-            self._socket.close()
-        self._process, self._socket, self._ready = None, None, False
+        with family.births_and_deaths:
+            if self._process is not None:
+                self._process.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(END_SECONDS)
+                self._dying.append(self._process)
+                self._bury()
+            if self._socket is not None:
+                self._socket.close()
+            self._process, self._socket, self._ready = None, None, False
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket = ours  # closed with it, also where it never comes to life
-        with theirs, family.births_and_deaths:
+        with theirs:
             self._process = subprocess.Popen(
                 tethered([*self._argv, str(theirs.fileno()), ROOM]),
                 cwd="/",
@@ -137,12 +147,9 @@ class WarmParent:
             self._listen(self._socket)
 
     def _bury(self) -> None:
-        if not self._dying:
-            return
-        with family.births_and_deaths:
-            gone = [process for process in self._dying if process.poll() is not None]
-            family.living.difference_update(process.pid for process in gone)
-            self._dying = [process for process in self._dying if process not in gone]
+        gone = [process for process in self._dying if process.poll() is not None]
+        family.living.difference_update(process.pid for process in gone)
+        self._dying = [process for process in self._dying if process not in gone]
 
     def _listen(self, parent: socket.socket) -> None:
         seconds = time.monotonic() - self._started_at

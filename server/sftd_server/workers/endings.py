@@ -1,4 +1,4 @@
-"""How an attempt ends: its worker's last word, a job given back, a worker that vanished."""
+"""How an attempt ends: its worker's last word, a job given back, a worker that vanished or is known to be dead."""
 
 from datetime import datetime
 
@@ -150,7 +150,8 @@ def reap(session: Session, *, settings: Settings, now: datetime) -> int:
     silent = silent.order_by(col(JobRow.number)).with_for_update(skip_locked=True)
     lost = list(session.exec(silent))
     for row in lost:
-        _lose(session, row, settings, now)
+        why = f"Worker {row.worker_id} was silent for {settings.lease_seconds:g} s"
+        _lose(session, row, settings, now, event="lease_expired", why=why)
     late = select(JobRow).where(JobRow.state == JobState.CLAIMED, col(JobRow.start_by) < now)
     late = late.order_by(col(JobRow.number)).with_for_update(skip_locked=True)
     unstarted = [row for row in session.exec(late) if row.number not in {gone.number for gone in lost}]
@@ -170,14 +171,44 @@ def reap(session: Session, *, settings: Settings, now: datetime) -> int:
     return len(lost) + len(unstarted)
 
 
-def _lose(session: Session, row: JobRow, settings: Settings, now: datetime) -> None:
+def take_back(session: Session, *, worker_id: str, boot_id: str, settings: Settings, now: datetime) -> int:
+    """A process of a worker is known to be dead: its jobs go on at once. Returns how many those were."""
+    query = (
+        select(JobRow)
+        .join(
+            AttemptRow,
+            and_(col(AttemptRow.job) == col(JobRow.number), col(AttemptRow.attempt) == col(JobRow.attempt)),
+        )
+        .where(
+            col(JobRow.state).in_(LEASED), AttemptRow.worker_id == worker_id, AttemptRow.boot_id == boot_id
+        )
+        .with_for_update(of=JobRow)
+    )
+    held = list(session.exec(query))
+    for row in held:
+        why = f"Worker {worker_id} was started again"
+        _lose(session, row, settings, now, event="worker_restarted", why=why, wait=False)
+    return len(held)
+
+
+def _lose(
+    session: Session,
+    row: JobRow,
+    settings: Settings,
+    now: datetime,
+    *,
+    event: str,
+    why: str,
+    wait: bool = True,  # before the job runs again
+) -> None:
     """A worker has vanished. The count starts again where a newer checkpoint shows that the job gets on."""
     newest = max((found.step for found in whole_checkpoints(session, row.number)), default=-1)
     lost_count = 1 if newest > row.lost_step else row.lost_count + 1
     too_often = lost_count >= settings.max_lost
-    message = f"Worker {row.worker_id} was silent for {settings.lease_seconds:g} s (loss {lost_count})."
     values: dict[str, object] = {"lost_count": lost_count, "lost_step": newest}
-    notes = [Note("lease_expired", message, {"worker_id": row.worker_id, "lost_count": lost_count})]
+    notes = [
+        Note(event, f"{why} (loss {lost_count}).", {"worker_id": row.worker_id, "lost_count": lost_count})
+    ]
     if row.want != Want.RUN:
         notes.append(_settled_note(row))
     elif too_often:
@@ -187,7 +218,7 @@ def _lose(session: Session, row: JobRow, settings: Settings, now: datetime) -> N
             Note("failed", f"Failed (worker_lost): {message}", {"reason": FailureReason.WORKER_LOST})
         )
     else:
-        values["not_before"] = now + backoff(settings, lost_count)
+        values["not_before"] = now + backoff(settings, lost_count) if wait else now
     move(
         session,
         row,

@@ -1,71 +1,18 @@
-"""Which workers there are, which of them take new jobs, and which are served at all."""
+"""Which workers there are, and which of them take new jobs. How they come to be known is in `registration`."""
 
 from datetime import datetime, timedelta
 
 from sqlmodel import Session, col, delete, select, update
 
-from sftd.protocol import OLDEST_PROTOCOL, PROTOCOL, Claim, Hello
+from sftd.protocol import Claim
 from sftd.schemas import Page, Worker
 from sftd_server.db import touch
-from sftd_server.errors import Conflict, NotFound, UpgradeRequired
+from sftd_server.errors import NotFound
 from sftd_server.jobs.scheduling import ALIVE_SECONDS
 from sftd_server.jobs.states import LEASED
 from sftd_server.tables import AttemptRow, JobRow, WorkerRow
 
 FORGOTTEN_SECONDS = 86400.0  # a process that was not heard of for so long is taken off the list
-
-
-def check_protocol(worker_id: str, protocol: int) -> None:
-    """Raises UpgradeRequired where the worker's version of the protocol is not served here."""
-    if protocol < OLDEST_PROTOCOL:
-        raise UpgradeRequired(
-            f"Worker {worker_id} speaks version {protocol} of the worker protocol; this server serves versions"
-            f" {OLDEST_PROTOCOL} to {PROTOCOL}: install the server's version of sftd on the worker.",
-            code="worker_too_old",
-            protocol=PROTOCOL,
-        )
-    if protocol > PROTOCOL:
-        raise UpgradeRequired(
-            f"Worker {worker_id} speaks version {protocol} of the worker protocol; this server knows versions up to"
-            f" {PROTOCOL}: bring the server up to date first.",
-            code="worker_too_new",
-            protocol=PROTOCOL,
-        )
-
-
-def check_installation(hello: Hello, installation_id: str) -> None:
-    """A worker that names another installation sees other files than the server does. Raises Conflict."""
-    if hello.installation_id not in (None, installation_id):
-        raise Conflict(
-            f"Worker {hello.worker_id} sees the data folder {hello.installation_id}, the server has {installation_id}:"
-            " start the worker with the server's data folder (--data).",
-            code="other_installation",
-            param="installation_id",
-        )
-
-
-def register(session: Session, *, hello: Hello, now: datetime) -> None:
-    """Remember a worker, or what is new about it."""
-    same_name = session.exec(select(WorkerRow).where(WorkerRow.id == hello.worker_id).with_for_update()).all()
-    known = next((row.registered_at for row in same_name if row.boot_id == hello.boot_id), None)
-    draining = any(row.draining for row in same_name)  # a worker that is started again drains on
-    session.merge(
-        WorkerRow(
-            id=hello.worker_id,
-            boot_id=hello.boot_id,
-            gpus=hello.gpus,
-            device=hello.device,
-            labels=hello.labels,
-            versions=hello.versions,
-            registered_at=known or now,
-            seen_at=now,
-            protocol=hello.protocol,
-            gpu_memory_gb=hello.gpu_memory_gb,
-            gpu_names=hello.gpu_names,
-            shares_data=hello.installation_id is not None or hello.protocol == 1,
-            draining=draining,
-        )
-    )
 
 
 def asked(session: Session, claim: Claim, now: datetime) -> None:

@@ -29,7 +29,7 @@ from sftd_server.db import MAX_BATCH
 from sftd_server.errors import Unavailable, error_responses
 from sftd_server.server import Server, server_of
 from sftd_server.strict_json import StrictRoute
-from sftd_server.workers import claims, endings, leases, registry, reports, versions
+from sftd_server.workers import claims, endings, leases, registration, reports, versions
 from sftd_server.workers.leases import Holder
 
 MAX_PACE_SECONDS = 30.0
@@ -47,11 +47,14 @@ router = APIRouter(
 
 @router.post("/register", response_model=Welcome, responses=error_responses(409, 413, 426))
 async def register(hello: Hello, server: ServerDep) -> Response:
-    """Say who a worker is. 409 where it sees another data folder than the server's, 426 where it is of a version that
-    is not served."""
-    registry.check_protocol(hello.worker_id, hello.protocol)
-    registry.check_installation(hello, server.installation_id)
-    await server.db.write(functools.partial(registry.register, hello=hello, now=server.clock.now()))
+    """Say who a worker is, and which dead process it replaces: what that one held goes on at once. 409 where the worker
+    sees another data folder than the server's, 426 where it is of a version that is not served."""
+    registration.check_protocol(hello.worker_id, hello.protocol)
+    registration.check_installation(hello, server.installation_id)
+    work = functools.partial(
+        registration.register, hello=hello, settings=server.settings, now=server.clock.now()
+    )
+    await server.db.write(work)
     welcome = Welcome(
         lease_seconds=server.settings.lease_seconds,
         installation_id=server.installation_id,
@@ -71,7 +74,7 @@ async def register(hello: Hello, server: ServerDep) -> Response:
 )
 async def claim(request: Request, message: Claim, server: ServerDep) -> Response:
     """Take the next job. Held open up to `wait_seconds`; the same `request_id` again brings the same lease."""
-    registry.check_protocol(message.worker_id, message.protocol)
+    registration.check_protocol(message.worker_id, message.protocol)
 
     async def take() -> Lease | None:
         if server.stopping:

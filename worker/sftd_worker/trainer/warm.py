@@ -22,7 +22,7 @@ from pathlib import Path
 
 from sftd.protocol import TRAINER_GO, WARM_READY, TrainerStart
 from sftd_worker.trainer.imports import hide_bitsandbytes, quick_imports, show_bitsandbytes
-from sftd_worker.trainer.signals import OBEYED, Signals, die_with
+from sftd_worker.trainer.signals import OBEYED, Signals, adopt_orphans, die_with
 
 MAX_REQUEST_BYTES = 1024 * 1024
 MAX_FDS = 250  # the kernel takes 253 in one message
@@ -132,6 +132,7 @@ def _become_trainer(
         raise RuntimeError("the warm parent died while it forked")
     os.close(adopted)
     die_with(agent_pid)
+    adopt_orphans()
     start = TrainerStart.model_validate_json(message)
     channel, output, *locks = fds
     for target in (sys.stdout.fileno(), sys.stderr.fileno()):
