@@ -3,14 +3,16 @@
 import asyncio
 import functools
 import logging
+import shutil
 
 from sftd_server.db import DatabaseClosed
 from sftd_server.jobs.service import Note
 from sftd_server.server import Server
-from sftd_server.workers import endings, leases
+from sftd_server.workers import endings, leases, space
 from sftd_server.workers.upkeep import upkeep
 
 JUMP_SECONDS = 2.0
+SPACE_SECONDS = 3.0  # how often space is looked for that jobs wait for
 
 log = logging.getLogger("sftd.server")
 
@@ -23,6 +25,7 @@ class Reaper:
         self._wall = server.clock.now()
         self._monotonic = server.clock.monotonic()
         self._started = self._monotonic
+        self._space_at = float("-inf")
 
     async def begin(self) -> None:
         """After a start every live lease has its full time: a long outage must not requeue healthy jobs."""
@@ -58,11 +61,22 @@ class Reaper:
             return 0
         db, settings = self._server.db, self._server.settings
         await db.write(functools.partial(endings.wake_due, now=wall, since=before))
+        if monotonic - self._space_at >= SPACE_SECONDS:
+            self._space_at = monotonic
+            await self._look_for_space()
         if monotonic - self._started < settings.lease_seconds:
             return 0
         num_lost = await db.write(functools.partial(endings.reap, settings=settings, now=wall))
         await db.write(functools.partial(upkeep, settings=settings, now=wall))
         return num_lost
+
+    async def _look_for_space(self) -> None:
+        """Jobs that were put aside because the disk was full go on when it is not."""
+        data = self._server.settings.data
+        jobs = data / "jobs"  # may be a volume of its own
+        free = (await asyncio.to_thread(shutil.disk_usage, jobs if jobs.is_dir() else data)).free
+        work = functools.partial(space.resume_where_space, free_bytes=free, now=self._server.clock.now())
+        await self._server.db.write(work)
 
     async def _extend(self, note: Note | None) -> None:
         work = functools.partial(

@@ -324,9 +324,7 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
             )
         files: dict[str, ManifestFile] = {}
         if world.is_main or model.shards is not None:
-            files = export(
-                output, model=model, tokenizer=tokenizer, job=job, state=state, alive=events.alive
-            )
+            files = export(output, model=model, tokenizer=tokenizer, job=job, state=state, alive=events.alive)
         if world.is_main:
             events.log(f"done: {plan.total_steps} steps, result in {output / 'results'}")
         barrier(world)
