@@ -139,9 +139,7 @@ class Watch:
         now = time.monotonic()
         if now - self._looked_at >= LOOK_SECONDS and self._trainer.running and not self._has_ended:
             self._looked_at = now
-            for found in self._spool.lines(self._read_upto):
-                self._read_upto = found.end
-                self._heard(found.line, now)
+            self._read_lines(now)
             self._memory.look(now)
             self._disk.look(now)
             self._look_for_life(now)
@@ -155,6 +153,7 @@ class Watch:
         """The trainer is gone: clear what it left half written, and write down where it hung."""
         if self._trainer.running:  # it hangs in the kernel, and may still write
             return
+        self._read_lines(time.monotonic())
         clear_stages(self._folder, self._attempt)
         if self._stalled is not None:
             now = time.time()
@@ -182,6 +181,11 @@ class Watch:
         if end is None and speaks_of_full_disk("\n".join(self._trainer.output_tail(40))):
             return self._disk.after_full("The trainer ended for want of disk space.")
         return None
+
+    def _read_lines(self, now: float) -> None:
+        for found in self._spool.lines(self._read_upto):
+            self._read_upto = found.end
+            self._heard(found.line, now)
 
     def _heard(self, line: TrainerLine, now: float) -> None:
         self._disk.heard(line, now)
