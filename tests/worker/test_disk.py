@@ -365,3 +365,55 @@ def test_a_stalled_job_goes_on_from_its_checkpoint(box: Box) -> None:
     events = list(box.client.jobs.events(job_id))
     assert [event.data for event in events if event.type == "retrying"] == [{"reason": "stalled"}]
     assert any("hang_without_a_word" in line.text for line in box.client.jobs.logs(job_id))
+
+
+@pytest.mark.slow
+def test_the_real_trainer_comes_to_the_same_result_over_a_full_disk(box: Box) -> None:
+    from examples import tiny_model
+
+    rows = HERE.parents[1] / "examples" / "q_basics.jsonl"
+    model = tiny_model.build(box.data / "models" / "tiny", rows, hidden_size=64, vocab_size=1024)
+    file = box.client.files.upload(rows)
+    start_worker(box, offline=True)
+
+    def post() -> str:
+        return box.client.jobs.create(
+            base_model=str(model),
+            training_file=file.id,
+            method="full",
+            learning_rate=1e-3,
+            max_steps=120,
+            save_steps=50,
+            batch_size=2,
+            gradient_accumulation_steps=1,
+            max_seq_length=256,
+            on_overlong="truncate",
+            precision="fp32",
+        ).id
+
+    def result(job_id: str) -> bytes:
+        return (box.data / "jobs" / job_id / "results" / "model.safetensors").read_bytes()
+
+    def losses(job_id: str) -> list[tuple[int, float]]:
+        return [(point.step, point.loss) for point in box.client.jobs.metrics(job_id)]
+
+    peaceful = post()
+    box.client.jobs.wait(peaceful, timeout_seconds=120)
+    disturbed = post()
+    box.until(lambda: len(box.steps(disturbed)) > 3, 60)
+    needed = sum(file.bytes for file in next(iter(box.client.jobs.checkpoints(peaceful))).files.values())
+    filler = fill(box.data / "jobs", leaving=needed + 2 * MIB)
+    box.until(lambda: box.client.jobs.retrieve(disturbed).state == "paused", 30)
+    newest = list(box.client.jobs.checkpoints(disturbed))[-1]
+    folder = box.data / "jobs" / disturbed / "checkpoints"
+    for name, told in newest.files.items():
+        content = (folder / f"checkpoint-{newest.step}" / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (told.bytes, told.sha256)
+    assert not list(folder.glob(".*"))
+
+    filler.unlink()
+    job = box.client.jobs.wait(disturbed, timeout_seconds=120)
+
+    assert (job.state, job.attempt) == ("succeeded", 2)
+    assert losses(disturbed) == losses(peaceful)
+    assert result(disturbed) == result(peaceful)
