@@ -34,10 +34,6 @@ def resume_where_space(session: Session, *, free_bytes: int, now: datetime) -> l
     `free_bytes` is what is free where this server's jobs lie. Jobs that went on lately keep what they need until their
     attempt ends: two do not go on into the room of one.
     """
-    reserved = select(JobRow.needs_disk_bytes).where(
-        col(JobRow.needs_disk_bytes).is_not(None), col(JobRow.state).in_([JobState.QUEUED, *LEASED])
-    )
-    left = free_bytes - sum(needs or 0 for needs in session.exec(reserved))
     waiting = (
         select(JobRow)
         .where(
@@ -48,8 +44,14 @@ def resume_where_space(session: Session, *, free_bytes: int, now: datetime) -> l
         .order_by(col(JobRow.priority).desc(), col(JobRow.number))
         .with_for_update()
     )
+    rows = session.exec(waiting).all()
+    # Read behind the lock on these: another server may just have let some of them go on.
+    reserved = select(JobRow.needs_disk_bytes).where(
+        col(JobRow.needs_disk_bytes).is_not(None), col(JobRow.state).in_([JobState.QUEUED, *LEASED])
+    )
+    left = free_bytes - sum(needs or 0 for needs in session.exec(reserved))
     resumed = []
-    for row in session.exec(waiting).all():
+    for row in rows:
         needs = row.needs_disk_bytes or 0
         elsewhere, free_there = _disk_of_its_worker(session, row)
         if needs > (free_there if elsewhere else left):

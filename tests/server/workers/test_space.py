@@ -49,6 +49,14 @@ def test_a_job_waits_for_space_and_goes_on_when_it_is_there(box, hold) -> None:
         3 * GIB,
     )
 
+    attempt = box.admin.get(f"/jobs/{lease.job_id}/attempts").json()["data"][0]
+    assert (attempt["outcome"], attempt["reason"], attempt["message"]) == (
+        "paused",
+        "disk_low",
+        "The disk is full.",
+    )
+    assert box.job(lease.job_id)["pause_reason"] == "disk_low"
+
     assert look(box, 3 * GIB - 1) == []
     assert look(box, 3 * GIB) == [lease.job_id]
 
@@ -85,6 +93,14 @@ def test_the_job_of_the_higher_priority_goes_on_first(box, hold) -> None:
     urgent = hold(3 * GIB, priority=5)
 
     assert look(box, 4 * GIB) == [urgent.job_id]
+
+
+def test_a_user_who_resumes_it_is_not_kept_waiting_for_the_disk(box, hold) -> None:
+    lease = hold(3 * GIB)
+
+    assert box.admin.post(f"/jobs/{lease.job_id}/resume").status_code == 200
+
+    assert box.claim(disk_free_bytes=0).attempt == 2
 
 
 def test_a_user_s_pause_is_never_ended_by_space(box) -> None:
