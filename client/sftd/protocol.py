@@ -32,6 +32,8 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 TRAINER_JOB_FILE = "job.json"  # in the job's folder; written by the agent, read by the trainer
 TRAINER_LINES_FILE = "logs/events.jsonl"  # appended by the trainer, followed by the agent
+TRAINER_PULSE_FILE = "logs/.pulse"  # its time moves while the trainer gets on, at most once a second
+TRAINER_STACKS_FILE = "logs/stacks.txt"  # where each process of a trainer writes its stacks on SIGUSR2
 WARM_READY = b"ready"  # the warm parent to the agent: what follows are requests, one TrainerStart each
 TRAINER_GO = b"go"  # the agent to a forked trainer: you are known, begin
 
@@ -301,7 +303,7 @@ class LogTextLine(Message):
 class EventLine(Message):
     """A line of events.jsonl: the run is described, an evaluation is done, or something is worth telling.
 
-    `run` comes once, before the first step, with data {start_step, total_steps, resumed_from, …};
+    `run` comes once, before the first step, with data {start_step, total_steps, resumed_from, checkpoint_bytes, …};
     `evaluation` with data {step, eval_loss, perplexity, token_accuracy, num_tokens}; `notice` with anything.
     """
 

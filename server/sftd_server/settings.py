@@ -62,6 +62,11 @@ class Settings(BaseModel):
     max_failures: int = Field(
         1, ge=1, description="A job whose trainer died fails at this count; before, it is tried again."
     )
+    max_stalls: int = Field(
+        3,
+        ge=0,
+        description="A job whose trainer hangs is begun again from its last checkpoint so often without a new one.",
+    )
     backoff_seconds: float = Field(
         2, ge=0, description="Wait before a lost job runs again; doubles each time."
     )

@@ -4,12 +4,18 @@ Keys of the script: steps, step_seconds, checkpoint_every, ignore_signals, silen
 (succeeded | exception | exit | kill | torn), at (the step of the end), log (a line for each step), save_seconds,
 linger_seconds (behind the last word), launcher (the work is done by a child in a session of its own, as under torchrun),
 daemon (leave a process behind), orphan (start a process that is nobody's child), by_name (other keys for the job of that
-name), leave (a change of the environment, made after it was written to environment.json).
+name), leave (a change of the environment, made after it was written to environment.json),
+hang_at (at this step, the first time it comes there: nothing more is said), hang_seconds (then it goes on), hang (sleep |
+pulse | stop: by SIGSTOP | deaf: no stacks on SIGUSR2), eat_at (take memory without end at this step, the first time),
+checkpoint_bytes (of each, random; announced before the first step).
 """
 
+import errno
+import faulthandler
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +47,8 @@ def main() -> None:
     if "leave" in script:
         os.environ["LEFT_BEHIND"] = script["leave"]
     (workdir / "pids.txt").open("a").write(f"{os.getpid()}\n")
+    if script.get("hang") != "deaf":
+        faulthandler.register(signal.SIGUSR2, file=(workdir / "logs/stacks.txt").open("a"))
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, on_signal)
     time.sleep(script.get("silent_seconds", 0))
@@ -49,10 +57,15 @@ def main() -> None:
     say(
         type="event-run",
         message="starting",
-        data={"start_step": start, "total_steps": steps, "resumed_from": start},
+        data={"start_step": start, "total_steps": steps, "resumed_from": start}
+        | {key: script[key] for key in ("checkpoint_bytes",) if key in script},
     )
     for step in range(start + 1, steps + 1):
         time.sleep(script.get("step_seconds", 0))
+        if step == script.get("hang_at") and first_time("hang"):
+            hang_without_a_word()
+        if step == script.get("eat_at") and first_time("eat"):
+            eat_memory()
         say(type="step", step=step, values={"loss": 1 / step, "nan": "NaN"})
         say(type="log", text=script.get("log", f"step {step}"))
         if step == script.get("at"):
@@ -87,11 +100,53 @@ def end_badly() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def first_time(what: str) -> bool:
+    try:
+        (workdir / f"did_{what}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def hang_without_a_word() -> None:
+    if script.get("hang") == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    until = time.monotonic() + script.get("hang_seconds", 1000)
+    while time.monotonic() < until:
+        time.sleep(0.1)
+        if script.get("hang") == "pulse":
+            (workdir / "logs/.pulse").touch()
+
+
+def eat_memory() -> None:
+    held = []
+    while True:
+        held.append(bytearray(os.urandom(1024 * 1024)) * 4)
+
+
 def save(step: int) -> None:
     folder = workdir / "checkpoints" / f"checkpoint-{step}"
-    folder.mkdir(parents=True, exist_ok=True)
+    stage = folder.with_name(f".stage-{job['attempt']}")
+    shutil.rmtree(stage, ignore_errors=True)
     content = f"weights of step {step}".encode()
-    (folder / "adapter.safetensors").write_bytes(content)
+    if "checkpoint_bytes" in script:
+        content = hashlib.shake_256(content).digest(script["checkpoint_bytes"])
+    try:
+        stage.mkdir(parents=True)
+        (stage / "adapter.safetensors").write_bytes(content)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        # The stage stays: what the real one leaves where it is killed meanwhile.
+        say(
+            type="end",
+            outcome="failed",
+            reason="disk_full",
+            message=f"checkpoint of step {step}: the disk is full",
+        )
+        os._exit(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    stage.rename(folder)
     files = {"adapter.safetensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
     manifest = json.dumps(
         {"step": step, "attempt": job["attempt"], "config_sha256": "", "world_size": 1, "files": files}

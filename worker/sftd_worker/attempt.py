@@ -27,6 +27,7 @@ from sftd.protocol import (
     Release,
 )
 from sftd.schemas import FailureReason, Want
+from sftd_worker.disk import Hold, hold_after_full
 from sftd_worker.files import Prepared, PrepareFailed, job_folder, prepare, write_job
 from sftd_worker.gpus import Gpu, Locks, find_lost
 from sftd_worker.lease import LeaseKeeper, Outdated
@@ -34,6 +35,7 @@ from sftd_worker.outbox import Fenced, Outbox, Refused
 from sftd_worker.process import Order, Trainer, secrets_of, trainer_environment
 from sftd_worker.shipper import TAIL_LINES, Shipper, cut, scrubbed
 from sftd_worker.spool import Spool
+from sftd_worker.watch import Watch
 from sftd_worker.worker import Bell, Worker
 
 log = logging.getLogger("sftd.worker")
@@ -117,9 +119,10 @@ class _Attempt:
             return self._failed(failed.reason, str(failed))
         except Exception as error:  # the edge of the attempt: the job must hear of it
             log.exception("%s: the attempt could not be run", self.lease.job_id)
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            reason = FailureReason.DISK_FULL if full else FailureReason.WORKER_ERROR
-            return self._failed(reason, f"On the worker: {error!r}")
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                data, reserve = self.settings.data, self.settings.disk_reserve_bytes
+                return self._held(hold_after_full(data, what=f"{error}.", needed=0, reserve=reserve))
+            return self._failed(FailureReason.WORKER_ERROR, f"On the worker: {error!r}")
         finally:
             self.locks.let_go()
 
@@ -233,6 +236,7 @@ class _Attempt:
         write_job(prepared.job)
         trainer_start = spool.size()
         self.trainer = trainer = self._spawn(folder)
+        watch = Watch(trainer, spool, job=prepared.job, settings=self.settings)
         self.locks.let_go()  # the trainer holds them now, and only it
         shipper = Shipper(
             spool,
@@ -252,13 +256,15 @@ class _Attempt:
                 if shipper.end is not None and ended_at is None:
                     ended_at = time.monotonic()
                 over = ended_at is not None and time.monotonic() - ended_at > self.settings.last_word_seconds
-                trainer.obey(self._order(may_save=may_save, broken=over or shipper.error is not None))
+                order = self._order(may_save=may_save, broken=over or shipper.error is not None)
+                trainer.obey(max(order, watch.look(may_save=may_save)))
                 self.bell.wait(self._seconds_until_next_look(trainer))
         finally:
             trainer.kill()  # of use only if the lines above raised
+            watch.leave_word()
             shipper.finish()
         self._await_shipper(shipper)
-        return self._verdict(trainer, shipper)
+        return self._verdict(trainer, shipper, watch)
 
     def _spawn(self, folder: Path) -> Trainer:
         self.gpus = self.worker.devices.behind(self.locks.names)
@@ -311,7 +317,7 @@ class _Attempt:
 
     # ------------------------------------------------------------ the last call
 
-    def _verdict(self, trainer: Trainer, shipper: Shipper) -> Finish | Release | None:
+    def _verdict(self, trainer: Trainer, shipper: Shipper, watch: Watch) -> Finish | Release | None:
         """How the attempt ended. The trainer's own last word comes before what it was told."""
         if not self.keeper.still_held():
             return None
@@ -325,6 +331,11 @@ class _Attempt:
             return Finish(attempt=self.lease.attempt, state="cancelled")
         if lost := self._lost_gpus(trainer, end, tail):
             return self._gpus_lost(lost)
+        found = watch.verdict(end)
+        if isinstance(found, Hold):
+            return self._held(found)
+        if found is not None:
+            return self._failed(found.reason, found.message, tail)
         if end is not None and end.outcome == "failed":
             reason = end.reason or FailureReason.TRAINER_ERROR
             return self._failed(reason, end.message or trainer.describe_exit(), tail)
@@ -355,6 +366,16 @@ class _Attempt:
         else:
             may_be = end.outcome == "failed" and any(map(ABOUT_GPUS.search, [end.message or "", *tail]))
         return find_lost(self.gpus) if may_be else ()
+
+    def _held(self, hold: Hold) -> Finish:
+        """Put aside for want of disk space, until the server sees some."""
+        return Finish(
+            attempt=self.lease.attempt,
+            state="paused",
+            message=self._clean(hold.message),
+            pause_reason="disk_low",
+            needs_disk_bytes=hold.needs_disk_bytes,
+        )
 
     def _gpus_lost(self, gpus: Sequence[Gpu]) -> Release:
         # Before the job is given back: else this worker might take it again for the same GPU.

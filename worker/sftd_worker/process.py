@@ -110,6 +110,11 @@ class Trainer:
         self._watch.start()
 
     @property
+    def pid(self) -> int:
+        """Of the trainer, or of the launcher of its ranks."""
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         return self.returncode is None
 

@@ -93,9 +93,30 @@ class WorkerSettings(BaseModel):
         True,
         description="Keep a process that has imported torch and the rest, and fork trainers off it: jobs start at once.",
     )
-    # Not settable from outside: how long a trainer may stay behind its last word, how often a lost GPU is looked for, how
-    # trainer and warm parent are started. Tests put scripted ones here.
+    stall_seconds: float = Field(
+        600,
+        ge=0,
+        description="A trainer that shows no life for so long (and for stall_factor usual steps) has stalled; 0: never.",
+    )
+    start_stall_seconds: float = Field(
+        3600,
+        ge=0,
+        description="The same before its first step, while models are loaded or fetched; 0: never.",
+    )
+    stall_factor: float = Field(
+        20, ge=0, description="Nor has a trainer stalled before so many times the usual time of a step."
+    )
+    disk_reserve_bytes: int = Field(
+        1024**3,
+        ge=0,
+        lt=2**60,
+        description="A job is put aside when less than this would be left free beside its next checkpoint.",
+    )
+    # Not settable from outside: how often a lost GPU is looked for, how long older checkpoints may take to be removed
+    # behind a new one, how long a trainer may stay behind its last word, how it and its warm parent are started. Tests
+    # put scripted ones here.
     gpu_look_seconds: float = Field(60, exclude=True)
+    disk_settle_seconds: float = Field(60, exclude=True)
     last_word_seconds: float = Field(60, exclude=True)
     trainer_argv: tuple[str, ...] = Field((sys.executable, "-m", "sftd_worker.trainer"), exclude=True)
     warm_argv: tuple[str, ...] = Field((sys.executable, "-P", "-m", "sftd_worker.trainer.warm"), exclude=True)

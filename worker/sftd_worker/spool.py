@@ -6,7 +6,7 @@ not ours to tell.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,12 @@ class Spool:
         """Add a line of the agent's own. Only while no trainer runs: there is one writer at a time."""
         with self.path.open("ab") as file:
             file.write(line.model_dump_json().encode() + b"\n")
+
+    def append_behind(self, lines: Sequence[TrainerLine]) -> None:
+        """Add lines behind a trainer that is gone, whose last line a kill may have torn."""
+        _end_torn_line(self.path)
+        with self.path.open("ab") as file:
+            file.write(b"".join(line.model_dump_json().encode() + b"\n" for line in lines))
 
     def size(self) -> int:
         return self.path.stat().st_size

@@ -211,7 +211,8 @@ def resume(session: Session, job_id: str, caller: Caller, now: datetime) -> None
         wish(session, row, Want.RUN, note, now, values={"pause_reason": None})
         return
     note = Note("queued", f"Resumed by {caller.name}; waiting for a worker.")
-    values = {"want": Want.RUN, "not_before": now, "queued_at": now}
+    # Its user knows better than the disk, which does not tell of quotas.
+    values = {"want": Want.RUN, "not_before": now, "queued_at": now, "needs_disk_bytes": None}
     _require(move(session, row, Trigger.RESUME, now=now, notes=[note], values=values), row, "resume")
     lost = dependencies.failed_need(session, row)
     if lost is not None:  # it ended while this one was put aside

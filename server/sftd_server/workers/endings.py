@@ -14,6 +14,8 @@ from sftd_server.jobs.states import LEASED, Trigger
 from sftd_server.settings import Settings
 from sftd_server.tables import AttemptRow, JobRow, LogLineRow
 from sftd_server.workers.leases import Holder, StaleLease, backoff, fenced
+from sftd_server.workers.space import held
+from sftd_server.workers.stalls import stalls_with_this
 
 RETRYABLE = {FailureReason.TRAINER_DIED, FailureReason.WORKER_ERROR, FailureReason.DISK_FULL}
 LOG_TAIL_LINES = 20
@@ -33,9 +35,16 @@ def finish(session: Session, holder: Holder, word: Finish, *, settings: Settings
     reason = word.reason or FailureReason.TRAINER_ERROR
     failures = row.failures + 1
     may_retry = reason in RETRYABLE and failures < settings.max_failures
-    values: dict[str, object] = {}
-    if word.state == "failed":
-        values = _failure_values(session, row, reason, word.message, word.log_tail)
+    trigger = _FINISH[word.state]
+    values: dict[str, object] = {"needs_disk_bytes": None}  # what it went on with counts for one attempt
+    if word.state == "failed" and reason is FailureReason.STALLED:
+        stalls = stalls_with_this(session, row)
+        may_retry = stalls <= settings.max_stalls
+        values |= _failure_values(session, row, reason, word.message, word.log_tail) | {"stalls": stalls}
+        if may_retry:
+            values["not_before"] = now + backoff(settings, stalls)
+    elif word.state == "failed":
+        values |= _failure_values(session, row, reason, word.message, word.log_tail)
         values["failures"] = failures
         if may_retry:
             values["not_before"] = now + backoff(settings, failures)
@@ -47,16 +56,21 @@ def finish(session: Session, holder: Holder, word: Finish, *, settings: Settings
         note = Note(
             "retrying" if may_retry and row.want == Want.RUN else "failed", note.message, {"reason": reason}
         )
+    if word.state == "paused" and word.pause_reason == "disk_low":
+        trigger = Trigger.HOLD
+        note, changes = held(row, word)
+        values |= changes
+    pause_reason = str(values.get("pause_reason") or row.pause_reason or "") or None
     moved = move(
         session,
         row,
-        _FINISH[word.state],
+        trigger,
         now=now,
         notes=[note],
         values=values,
         may_retry=may_retry,
         outcome=word.state,
-        reason=reason if word.state == "failed" else row.pause_reason if word.state == "paused" else None,
+        reason=reason if word.state == "failed" else pause_reason if word.state == "paused" else None,
         message=word.message,
         half_life_seconds=settings.fair_share_half_life_seconds,
     )

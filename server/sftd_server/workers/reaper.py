@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import logging
+import shutil
 from datetime import timedelta
 
 from sqlalchemy import text
@@ -14,10 +15,11 @@ from sftd_server.errors import is_database_away, is_database_busy
 from sftd_server.jobs.service import Note
 from sftd_server.server import Server
 from sftd_server.tables import ServerRow
-from sftd_server.workers import endings, leases
+from sftd_server.workers import endings, leases, space
 from sftd_server.workers.upkeep import upkeep
 
 JUMP_SECONDS = 2.0
+SPACE_SECONDS = 3.0  # how often space is looked for that jobs wait for
 _ARRIVING = 7_305_813_482_002  # of PostgreSQL's advisory locks, the one for a server that starts
 _FORGET = 100  # leases after which a server that was killed is forgotten
 
@@ -32,6 +34,7 @@ class Reaper:
         self._wall = server.clock.now()
         self._monotonic = server.clock.monotonic()
         self._started = self._monotonic
+        self._space_at = float("-inf")
 
     async def begin(self) -> None:
         """Put this server on record. After a start every live lease has its full time: a long outage must not requeue
@@ -81,11 +84,22 @@ class Reaper:
         if db.shared:
             await db.write(functools.partial(_be_seen, server=self._server))
         await db.write(functools.partial(endings.wake_due, now=wall, since=before))
+        if monotonic - self._space_at >= SPACE_SECONDS:
+            self._space_at = monotonic
+            await self._look_for_space()
         if monotonic - self._started < settings.lease_seconds:
             return 0
         num_lost = await db.write(functools.partial(endings.reap, settings=settings, now=wall))
         await db.write(functools.partial(upkeep, settings=settings, now=wall))
         return num_lost
+
+    async def _look_for_space(self) -> None:
+        """Jobs that were put aside because the disk was full go on when it is not."""
+        data = self._server.settings.data
+        jobs = data / "jobs"  # may be a volume of its own
+        free = (await asyncio.to_thread(shutil.disk_usage, jobs if jobs.is_dir() else data)).free
+        work = functools.partial(space.resume_where_space, free_bytes=free, now=self._server.clock.now())
+        await self._server.db.write(work)
 
     async def _extend(self, note: Note) -> None:
         work = functools.partial(

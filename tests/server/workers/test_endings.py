@@ -45,6 +45,8 @@ def test_a_worker_can_not_end_a_job_as_its_user_never_wished(box, assert_error, 
 
 def test_a_failure_says_why_and_who_can_do_what(box) -> None:
     for reason in FailureReason:
+        if reason is FailureReason.STALLED:  # is tried again: test_stalls.py
+            continue
         lease = box.running()
 
         lease.finish("failed", reason=reason, message="it broke", log_tail=["line"])

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from sftd_worker.trainer.signals import Signals, die_with_parent
+from sftd_worker.trainer.signals import Signals, die_with_parent, show_stacks_on_signal
 
 # Where ranks meet, torch looks up the name of each one's address, for its log: at a name server that is slow or silent
 # all would wait for it. What is looked up otherwise (a hub) is the ranks' business, so that they forget this again.
@@ -28,7 +28,9 @@ def main() -> None:
 
 def work(workdir: Path, signals: Signals) -> NoReturn:
     """Read the folder's job and run it. Does not return."""
-    from sftd.protocol import TRAINER_JOB_FILE, TrainerJob
+    from sftd.protocol import TRAINER_JOB_FILE, TRAINER_STACKS_FILE, TrainerJob
+
+    show_stacks_on_signal(workdir / TRAINER_STACKS_FILE)
     from sftd_worker.trainer.imports import import_run
 
     job = TrainerJob.model_validate_json((workdir / TRAINER_JOB_FILE).read_text())

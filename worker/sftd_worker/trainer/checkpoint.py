@@ -114,12 +114,15 @@ def write_checkpoint(
     facts: dict[str, Any],
     num_shares: int,
     proceed: Callable[[], None],
+    next_piece: Callable[[], None] | None = None,
 ) -> tuple[dict[str, ManifestFile], str]:
     """Write everything of a checkpoint into the folder `stage`, durably. Returns (files, sha256 of the manifest).
 
-    `publish` makes a checkpoint of it. `proceed` is called between pieces and may raise to end the work. With
+    `publish` makes a checkpoint of it. `proceed` is called again and again and may raise to end the work; instead of it,
+    where there is one, `next_piece` is called between pieces that are written. With
     `num_shares` over 1 the other ranks write theirs of the optimizer's state meanwhile (`shares.write_share`).
     """
+    next_piece = next_piece or proceed
     stage.mkdir(parents=True, exist_ok=True)
     for name, content in fixed.items():
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +130,8 @@ def write_checkpoint(
     weights = "model.safetensors" if model.net is model.causal else ADAPTER
     share = share_name(0, num_shares)
     written = {
-        weights: write_tensors(stage / weights, names_on_disk(model, tensors.weights), proceed=proceed),
-        share: write_tensors(stage / share, tensors.optimizer, proceed=proceed),
+        weights: write_tensors(stage / weights, names_on_disk(model, tensors.weights), proceed=next_piece),
+        share: write_tensors(stage / share, tensors.optimizer, proceed=next_piece),
     }
     written |= await_shares(stage, num_shares, proceed=proceed)
     _write_json(stage / _STATE, {"run": asdict(state), "optimizer": tensors.plain})
@@ -286,7 +289,11 @@ def _save_full(model: Model, folder: Path, weights: dict[str, torch.Tensor], *, 
 
 
 def write_manifest(
-    folder: Path, facts: dict[str, Any], *, written: dict[str, ManifestFile] | None = None
+    folder: Path,
+    facts: dict[str, Any],
+    *,
+    written: dict[str, ManifestFile] | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, ManifestFile], str]:
     """Hash and fsync every file of a folder, then write its manifest. Returns (files, sha256 of the manifest).
 
@@ -294,6 +301,7 @@ def write_manifest(
     """
     files = dict(written or {})
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        alive()
         path.chmod(0o644)  # some writers leave 0600, and the server may run as another user
         name = str(path.relative_to(folder))
         if name not in files:
@@ -333,6 +341,8 @@ class disk_errors:  # reads as a statement: with disk_errors("…", leaving=stag
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is None:
             return
+        if self.leaving.is_file():
+            self.leaving.unlink(missing_ok=True)
         shutil.rmtree(self.leaving, ignore_errors=True)
         if is_disk_full(error):
             raise RunFailed(FailureReason.DISK_FULL, f"{self.doing}: the disk is full") from error

@@ -8,7 +8,7 @@ any step: with file, line, field and remedy.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -69,8 +69,18 @@ class TokenRows:
         return ids, np.asarray(row["supervised"], dtype=bool)[: self.max_length]
 
 
-def tokenize_file(path: Path, *, sha256: str, name: str, how: Tokenizing, cache_dir: Path) -> Dataset:
+def tokenize_file(
+    path: Path,
+    *,
+    sha256: str,
+    name: str,
+    how: Tokenizing,
+    cache_dir: Path,
+    alive: Callable[[], None] = lambda: None,
+) -> Dataset:
     """All rows of a file (whose hash is `sha256`) as tokens, from the cache where they have been made before.
+
+    `alive` is called between pieces of the work.
 
     Raises RunFailed(bad_data) naming file, line, field and remedy of every bad row (the first twenty in full).
     """
@@ -79,7 +89,7 @@ def tokenize_file(path: Path, *, sha256: str, name: str, how: Tokenizing, cache_
         cache_dir.mkdir(parents=True, exist_ok=True)
         unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
         try:
-            _write_rows(unfinished, _token_rows(path, name=name, how=how))
+            _write_rows(unfinished, _token_rows(path, name=name, how=how, alive=alive))
             unfinished.rename(cached)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -161,12 +171,15 @@ def show_mask(rows: TokenRows, tokenizer: Any, *, num_rows: int = 1, max_chars: 
 # ---------------------------------------------------------------- making the rows
 
 
-def _token_rows(path: Path, *, name: str, how: Tokenizing) -> Iterator[dict[str, Any]]:
+def _token_rows(
+    path: Path, *, name: str, how: Tokenizing, alive: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
     problems: list[RowProblem] = []
     num_problems = 0
     try:
         rows = read_rows(path, name=name)
         while chunk := list(islice(rows, _CHUNK_ROWS)):
+            alive()
             for made in _tokenize_chunk(chunk, how):
                 if isinstance(made, RowProblem):
                     num_problems += 1

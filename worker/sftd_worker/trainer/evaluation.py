@@ -51,7 +51,7 @@ def evaluate(
     model.net.eval()
     try:
         while True:
-            sums, full = _sums(model, rows, mine, budget, pad_id)
+            sums, full = _sums(model, rows, mine, budget, pad_id, events.alive)
             # Without shards each rank has batches of its own size; with them all go through the same number.
             if not (full if model.shards is None else any_rank(world, full)[0]):
                 break
@@ -88,7 +88,7 @@ def evaluate(
 
 @torch.no_grad()
 def _sums(
-    model: Model, rows: TokenRows, mine: list[int], budget: Budget, pad_id: int
+    model: Model, rows: TokenRows, mine: list[int], budget: Budget, pad_id: int, alive: Callable[[], None]
 ) -> tuple[list[float], bool]:
     """([summed loss, right predictions, supervised tokens] of this rank's rows, did its memory run out)."""
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -101,6 +101,7 @@ def _sums(
 
     def add(chosen: list[TokenRow], prefixes: list[Prefix | None]) -> None:
         nonlocal num_tokens
+        alive()
         scores = score_rows(chosen, prefixes)
         found.append((scores.loss_sum, scores.num_correct))  # read at the end: a GPU is not waited for
         num_tokens += scores.num_tokens
@@ -110,6 +111,7 @@ def _sums(
         near = mine[start : start + _ROWS_AT_ONCE]
         passes += [partial(add, *group) for group in _groups(model, [rows.row(i) for i in near], budget)]
     full = run_passes(model.shards, passes, idle=lambda: score_rows([idle_row(pad_id)], [None]))
+    alive()
     loss_sum = math.fsum(float(loss) for loss, _ in found)
     return [loss_sum, float(sum(int(correct) for _, correct in found)), float(num_tokens)], full
 

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from sftd.protocol import (
     MAX_LINE_CHARS,
+    TRAINER_PULSE_FILE,
     CheckpointLine,
     EndLine,
     EventLine,
@@ -19,13 +20,15 @@ from sftd.protocol import (
     StepLine,
     TrainerLine,
 )
+from sftd_worker.trainer.pulse import Pulse
 
 
 class Events:
-    """The voice of one attempt. With `silent` (ranks other than 0) it says nothing."""
+    """The voice of one attempt. With `silent` (ranks other than 0) it says nothing, but shows life."""
 
     def __init__(self, folder: Path, *, attempt: int, silent: bool = False) -> None:
         self.attempt = attempt
+        self.alive = Pulse(folder / Path(TRAINER_PULSE_FILE).name).beat  # call it between pieces of long work
         self._lines: TextIO | None = None
         self._log: TextIO | None = None
         self._lock = threading.RLock()  # what one thread says stands together

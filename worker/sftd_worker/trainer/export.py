@@ -1,5 +1,6 @@
 """The result of a run: `results/`, a folder that transformers or peft load by themselves."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,19 @@ from sftd_worker.trainer.model import Model
 
 
 def export(
-    output: Path, *, model: Model, tokenizer: Any, job: TrainerJob, state: RunState
+    output: Path,
+    *,
+    model: Model,
+    tokenizer: Any,
+    job: TrainerJob,
+    state: RunState,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, ManifestFile]:
     """Write `output`/results: weights or adapter, tokenizer with its chat template, model card, manifest.
 
     A `full` model is saved in the type that its base is stored in (fp32 if the run computed in fp32), an adapter in
     fp32. Returns the manifest's files. Raises RunFailed(disk_full). Where weights are sharded all ranks call this, and
-    rank 0 writes.
+    rank 0 writes. `alive` is called between pieces of the work.
     """
     dtype = torch.float32 if model.precision.name == "fp32" else model.stored_dtype
     if model.shards is not None and not model.shards.world.is_main:
@@ -39,6 +46,7 @@ def export(
         clear_unfinished(output)
         stage.mkdir(parents=True)
         save_weights(model, stage, dtype=dtype)
+        alive()
         tokenizer.save_pretrained(stage)
         (stage / "README.md").write_text(_card(job, state), encoding="utf-8")
         facts = {"step": state.step, "attempt": job.attempt, "metrics": state.metrics}
@@ -47,7 +55,7 @@ def export(
             "run_sha": run_sha(job.spec),
             "data_sha": state.data_sha,
         }
-        files, _ = write_manifest(stage, {**facts, **hashes})
+        files, _ = write_manifest(stage, {**facts, **hashes}, alive=alive)
         publish(stage, output / "results")
     return files
 

@@ -97,6 +97,15 @@ def estimate_bytes(
     }
 
 
+def checkpoint_bytes(spec: JobSpec, parameters: list[torch.nn.Parameter]) -> int:
+    """What a checkpoint will take on disk, about: all trained weights in fp32 and the optimizer's state of them.
+
+    Of all ranks together. Without the tokenizer's files, which are small beside them in all but toy models.
+    """
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return (4 + (8 if spec.optimizer == "adamw" else 2)) * trainable
+
+
 def expected_host_bytes() -> int:
     """Memory that this process has held at its fullest moment and does not hold now: what a next step will take again.
 

@@ -5,6 +5,7 @@ ends the run at the next step. Where there is no memory for a copy, training wai
 """
 
 import copy
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -114,6 +115,7 @@ class Saver:
         if self._fixed is None:
             self._fixed = fixed_files(model=self._model, tokenizer=self._tokenizer)
         tensors = live_tensors(self._model, self._optimizer)
+        self._require_space(tensors, state.step)
         sharded = self._model.shards is not None
         copied = self._memory.copy(tensors) if goes_on or sharded else None
         if sharded and copied is None:
@@ -189,7 +191,7 @@ class Saver:
         if not self._world.is_main:
             share = share_name(self._world.rank, self._num_shares)
             with disk_errors(f"checkpoint of step {state.step}", leaving=stage / share):
-                write_share(stage, share, tensors.optimizer, proceed=self._proceed)
+                write_share(stage, share, tensors.optimizer, proceed=self._next_piece)
             return
         with disk_errors(f"checkpoint of step {state.step}", leaving=stage):
             if (broken := first_not_finite(tensors.weights)) is not None:
@@ -207,6 +209,7 @@ class Saver:
                 facts=self._facts,
                 num_shares=self._num_shares,
                 proceed=self._proceed,
+                next_piece=self._next_piece,
             )
             with self._gate:
                 self._proceed()
@@ -231,6 +234,11 @@ class Saver:
         if self._abandoned:
             raise Abandoned
 
+    def _next_piece(self) -> None:
+        """Between pieces of a file. Not where another rank is waited for: that one has to show life itself."""
+        self._events.alive()
+        self._proceed()
+
     # ---------------------------------------------------------------- helpers
 
     @property
@@ -247,6 +255,22 @@ class Saver:
         if self._model.shards is None:
             return not self._abandoned
         return not any_rank(self._world, self._abandoned)[0]
+
+    def _require_space(self, tensors: Tensors, step: int) -> None:
+        """Refuse a checkpoint that will not fit, before the last free byte is written to. Raises RunFailed(disk_full)."""
+        if not self._world.is_main:
+            return
+        needed = sum(tensor.nbytes for tensor in tensors.weights.values())
+        needed += self._num_shares * sum(tensor.nbytes for tensor in tensors.optimizer.values())
+        needed += sum(len(content) for content in (self._fixed or {}).values())
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            shutil.rmtree(self._stage, ignore_errors=True)
+            raise RunFailed(
+                FailureReason.DISK_FULL,
+                f"checkpoint of step {step}: it needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free in "
+                f"{self._folder}; nothing of it was written",
+            )
 
     def _abandon(self) -> None:
         with self._gate:

@@ -1,12 +1,16 @@
 """What the outside may ask of a run: stop, or save and stop. Both are obeyed between two steps.
 
 SIGTERM stops without saving (a cancel). SIGUSR1 saves a checkpoint first (a pause, a worker that is being stopped).
-Installed before torch is imported, so that an early signal is not fatal.
+Installed before torch is imported, so that an early signal is not fatal. SIGUSR2 writes the stacks of all threads, at
+once and from wherever they hang.
 """
 
+import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
+from pathlib import Path
 from types import FrameType
 
 OBEYED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -38,6 +42,13 @@ class Signals:
 
     def _on_save_and_stop(self, _: int, __: FrameType | None) -> None:
         self.save_and_stop = True
+
+
+def show_stacks_on_signal(path: Path) -> None:
+    """Let SIGUSR2 append the Python stacks of all threads to a file. It needs no help of the interpreter."""
+    with contextlib.suppress(OSError, ValueError):  # a run without this is still a run
+        path.parent.mkdir(parents=True, exist_ok=True)
+        faulthandler.register(signal.SIGUSR2, file=path.open("a"), all_threads=True)  # which keeps it open
 
 
 def die_with_parent() -> None:

@@ -44,7 +44,13 @@ from sftd_worker.trainer.evaluation import evaluate
 from sftd_worker.trainer.events import Events
 from sftd_worker.trainer.export import export
 from sftd_worker.trainer.loss import scaled_loss
-from sftd_worker.trainer.memory import Budget, estimate_bytes, release_memory, settle_host_memory
+from sftd_worker.trainer.memory import (
+    Budget,
+    checkpoint_bytes,
+    estimate_bytes,
+    release_memory,
+    settle_host_memory,
+)
 from sftd_worker.trainer.model import Model, load_model, load_tokenizer
 from sftd_worker.trainer.optim import learning_rate, make_optimizer, set_learning_rate, warmup_steps
 from sftd_worker.trainer.order import FixedOrder
@@ -95,7 +101,9 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
 
     # ---- model
     tokenizer, template, own_template = load_tokenizer(job)
+    events.alive()
     model = load_model(job, world=world, sharding=sharding, precision=precision, resume_from=resume_from)
+    events.alive()
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if not own_template:
         events.log("the model brings no chat template: ChatML is used, and saved with the result")
@@ -106,11 +114,12 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     # ---- data: rank 0 makes the tokens, the others read them
     how = Tokenizing(tokenizer, template, spec.train_on)
     training_sha = hash_file(Path(job.training_path))
+    events.alive()
     if world.is_main:
-        train_rows, eval_rows = _load_rows(job, how, training_sha)
+        train_rows, eval_rows = _load_rows(job, how, training_sha, events)
     barrier(world)
     if not world.is_main:
-        train_rows, eval_rows = _load_rows(job, how, training_sha)
+        train_rows, eval_rows = _load_rows(job, how, training_sha, events)
     plan = make_plan(
         num_rows=len(train_rows),
         rows_per_step=spec.batch_size * spec.gradient_accumulation_steps * world.size,
@@ -315,7 +324,7 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
             )
         files: dict[str, ManifestFile] = {}
         if world.is_main or model.shards is not None:
-            files = export(output, model=model, tokenizer=tokenizer, job=job, state=state)
+            files = export(output, model=model, tokenizer=tokenizer, job=job, state=state, alive=events.alive)
         if world.is_main:
             events.log(f"done: {plan.total_steps} steps, result in {output / 'results'}")
         barrier(world)
@@ -389,6 +398,7 @@ def _accumulate(
         def learn(
             chosen: list[TokenRow], shared: list[Prefix | None], total: torch.Tensor, share: float = 1.0
         ) -> None:
+            events.alive()
             batch = model.batch(chosen, pad_id=pad_id, prefixes=shared)
             scale = share / step_rows.num_supervised
             with order.kept() if share else nullcontext():  # what is nothing may be added in any order
@@ -469,7 +479,9 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _load_rows(job: TrainerJob, how: Tokenizing, training_sha: str) -> tuple[TokenRows, TokenRows | None]:
+def _load_rows(
+    job: TrainerJob, how: Tokenizing, training_sha: str, events: Events
+) -> tuple[TokenRows, TokenRows | None]:
     """(training rows, validation rows or None)."""
     spec, cache = job.spec, Path(job.cache_dir)
     limits: dict[str, Any] = {
@@ -478,7 +490,12 @@ def _load_rows(job: TrainerJob, how: Tokenizing, training_sha: str) -> tuple[Tok
         "skip_test_translation": job.skip_test_translation,
     }
     table = tokenize_file(
-        Path(job.training_path), sha256=training_sha, name=job.training_name, how=how, cache_dir=cache
+        Path(job.training_path),
+        sha256=training_sha,
+        name=job.training_name,
+        how=how,
+        cache_dir=cache,
+        alive=events.alive,
     )
     if spec.validation_split is not None:
         training, validation = split_by_hash(table, spec.validation_split)
@@ -492,7 +509,9 @@ def _load_rows(job: TrainerJob, how: Tokenizing, training_sha: str) -> tuple[Tok
         return rows, None
     name = job.validation_name or Path(job.validation_path).name
     path = Path(job.validation_path)
-    held_out = tokenize_file(path, sha256=hash_file(path), name=name, how=how, cache_dir=cache)
+    held_out = tokenize_file(
+        path, sha256=hash_file(path), name=name, how=how, cache_dir=cache, alive=events.alive
+    )
     return rows, choose_rows(held_out, name=name, **limits)
 
 
@@ -541,6 +560,7 @@ def _describe(
         "packing": spec.packing and model.end_to_end,
         "warmup_steps": warm,
         "memory_bytes": memory,
+        "checkpoint_bytes": checkpoint_bytes(spec, list(model.net.parameters())),
     }
     events.run(f"{plan.total_steps} steps over {len(train_rows)} rows", derived)
     events.log(
