@@ -174,6 +174,51 @@ def test_ctrl_c_leaves_the_job_running_and_says_so(box: "Box", spec: Path) -> No
         client.jobs.cancel(job_id)
 
 
+def test_the_life_of_a_job_by_commands(
+    box: "Box", sftd: Callable[..., Outcome], spec: Path, tmp_path: Path
+) -> None:
+    box.set_script(steps=5, checkpoint_every=2, at=5, end="exception")
+    job_id = sftd("submit", spec).out.strip()
+    assert sftd("wait", job_id).code == 1
+    box.set_script(steps=5, checkpoint_every=2)
+
+    listed = sftd("attempts", job_id).out.splitlines()
+    assert (len(listed), "failed diverged" in listed[1]) == (2, True)
+    assert sftd("logs", job_id, "--attempt", 1).out.splitlines()[0] == "step 1"
+    assert sftd("logs", job_id, "--attempt", 2).out == ""
+    assert sftd("pin", job_id, 2, "best").code == 0
+    assert "best" in sftd("checkpoints", job_id).out
+    assert sftd("unpin", job_id, 2).code == 0
+    assert sftd("change", job_id, "--set", "name=second").code == 0
+    assert sftd("change", job_id).code == 2
+
+    again = sftd("retry", job_id, "--scratch").out.strip()
+    assert sftd("wait", again).code == 0
+    copy = sftd("clone", job_id, "--set", "lora.rank=4", "--set", "requires.worker=nobody")
+    assert "no registered worker has that" in copy.err
+    copy_id = copy.out.strip()
+    shown = json.loads(sftd("show", copy_id, "--json").out)
+    assert (shown["clone_of"], shown["name"], shown["spec"]["lora"]["rank"]) == (job_id, "second", 4)
+    assert sftd("priority", copy_id, 3).code == 0
+    assert json.loads(sftd("show", copy_id, "--json").out)["priority"] == 3
+    assert sftd("move", copy_id, "--first").code == 0
+    assert sftd("move", copy_id, "--first", "--last").code == 2
+    assert "waits" in sftd("show", copy_id).out
+    for each in (copy_id, again, job_id):
+        assert sftd("delete", each).code == 0
+    assert sftd("show", job_id).code == 2
+
+
+def test_a_worker_is_drained_and_undrained(box: "Box", sftd: Callable[..., Outcome]) -> None:
+    name = sftd("workers").out.splitlines()[1].split("\t")[0]
+
+    assert "drains" in sftd("drain", name).err
+    assert "draining" in sftd("workers").out
+    assert sftd("undrain", name).code == 0
+    assert "draining" not in sftd("workers").out
+    assert sftd("drain", "nobody").code == 2
+
+
 def test_every_mistake_of_a_spec_is_told_at_once(
     box: "Box", sftd: Callable[..., Outcome], spec: Path
 ) -> None:

@@ -1,7 +1,6 @@
 """Which job waits for which. Ids must exist when they are named, so that no circle can be made."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from sqlalchemy import ColumnElement
 from sqlalchemy.orm import aliased
@@ -14,6 +13,16 @@ from sftd_server.mistakes import Mistake
 from sftd_server.tables import DependencyRow, JobRow
 
 _LOST = (JobState.FAILED, JobState.CANCELLED)
+
+# Made once: SQLAlchemy takes longer to make an alias of a wide table than SQLite to answer the query.
+_needed = aliased(JobRow)
+_ARE_MET = ~(
+    select(DependencyRow.job)
+    .join(_needed, col(_needed.number) == col(DependencyRow.needs))
+    .where(col(DependencyRow.job) == col(JobRow.number), col(_needed.state) != JobState.SUCCEEDED)
+    .correlate(JobRow)
+    .exists()
+)
 
 
 def mistakes(session: Session, after: Sequence[str]) -> list[Mistake]:
@@ -49,15 +58,9 @@ def replace(session: Session, row: JobRow, after: Sequence[str]) -> None:
     session.flush()
 
 
-def are_met(job: Any = JobRow) -> ColumnElement[bool]:  # job: JobRow or an alias of it
-    """A condition: all that the job needs has succeeded."""
-    needed = aliased(JobRow)
-    open_ = (
-        select(DependencyRow.job)
-        .join(needed, col(needed.number) == col(DependencyRow.needs))
-        .where(col(DependencyRow.job) == job.number, col(needed.state) != JobState.SUCCEEDED)
-    )
-    return ~open_.exists()
+def are_met() -> ColumnElement[bool]:
+    """A condition on a job: all that it needs has succeeded."""
+    return _ARE_MET
 
 
 def unmet(session: Session, row: JobRow) -> list[JobRow]:

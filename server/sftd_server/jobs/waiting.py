@@ -91,7 +91,9 @@ class Queue:
         free = [place for place in with_disk if place.free >= job.gpus]
         ahead = self._who_goes_first(row) if position is not None and position > 1 else ""
         if free:
-            return self._next_on(job, free) or ahead if position is not None else "Waits for its turn."
+            if position is None:
+                return "Waits for its turn."
+            return self._next_on(job, free) or ahead or "A worker is about to take it."
         long_ago = self._now - timedelta(seconds=self._settings.reserve_seconds)
         keeper = scheduling.keeper_for(job, self.places) if job.since <= long_ago else None
         kept = f" Worker {keeper.id} keeps its free slots for it." if keeper and keeper.free else ""

@@ -21,10 +21,13 @@ from sftd_server.tables import AttemptRow, CheckpointRow, JobRow, StreamRow, Wor
 from sftd_server.workers.leases import deadlines, sha256, start_by
 from sftd_server.workers.registry import asked
 
+STREAMS = ("metrics", "logs", "events")
+
 
 def is_claimable(session: Session, *, claim: Claim, settings: Settings, now: datetime) -> bool | None:
     """True where there is a job to claim, else None: a look that costs no write."""
-    place = _place(session, claim)
+    known = select(WorkerRow).where(WorkerRow.id == claim.worker_id, WorkerRow.boot_id == claim.boot_id)
+    place = _place(claim, session.exec(known).first())
     if place.draining:
         return None
     return True if next(scheduling.next_jobs(session, place, settings, now), None) else None
@@ -32,7 +35,7 @@ def is_claimable(session: Session, *, claim: Claim, settings: Settings, now: dat
 
 def claim(session: Session, claim: Claim, *, secret: str, settings: Settings, now: datetime) -> Lease | None:
     """Take the next job, or the same one again where the answer to the same request was lost."""
-    asked(session, claim, now)
+    place = _place(claim, asked(session, claim, now))
     earlier = session.exec(
         select(AttemptRow)
         .where(AttemptRow.worker_id == claim.worker_id, AttemptRow.request_id == claim.request_id)
@@ -40,17 +43,18 @@ def claim(session: Session, claim: Claim, *, secret: str, settings: Settings, no
     ).first()
     if earlier is not None:
         return _claim_again(session, earlier, secret=secret, settings=settings, now=now)
-    row = _next_job(session, claim, settings, now)
+    row = _next_job(session, place, settings, now)
     if row is None:
         return None
     attempt = row.attempt + 1
     token = _token(secret, row.id, attempt, claim.request_id)
+    inputs = _pinned(session, row)
     values = {
         "attempt": attempt,
         "token_sha256": sha256(token),
         "worker_id": claim.worker_id,
         "queue_rank": 0,
-        "inputs": _pinned(session, row).model_dump(mode="json"),
+        "inputs": inputs.model_dump(mode="json"),
     }
     note = Note("claimed", f"Taken by worker {claim.worker_id}.", {"worker_id": claim.worker_id})
     moved = move(
@@ -64,12 +68,11 @@ def claim(session: Session, claim: Claim, *, secret: str, settings: Settings, no
     if moved is None:
         return None
     _open_attempt(session, row, attempt, claim, sha256(token), now)
-    return _lease(session, find_job(session, row.id), attempt, token, settings)
+    return _lease(session, row, inputs, attempt, token, settings, next_seq=dict.fromkeys(STREAMS, 0))
 
 
-def _next_job(session: Session, claim: Claim, settings: Settings, now: datetime) -> JobRow | None:
+def _next_job(session: Session, place: Place, settings: Settings, now: datetime) -> JobRow | None:
     """The first job for this worker that no other claim is taking at this moment, locked."""
-    place = _place(session, claim)
     if place.draining:
         return None
     for found in scheduling.next_jobs(session, place, settings, now):
@@ -80,10 +83,8 @@ def _next_job(session: Session, claim: Claim, settings: Settings, now: datetime)
     return None
 
 
-def _place(session: Session, claim: Claim) -> Place:
+def _place(claim: Claim, row: WorkerRow | None) -> Place:
     """Who asks. Of a worker that has not registered only its claim is known."""
-    query = select(WorkerRow).where(WorkerRow.id == claim.worker_id, WorkerRow.boot_id == claim.boot_id)
-    row = session.exec(query).first()
     free, disk = claim.gpus, claim.disk_free_bytes
     if row is None:
         return Place(
@@ -135,7 +136,10 @@ def _claim_again(
         )
     row = session.exec(select(JobRow).where(JobRow.number == earlier.job)).one()
     token = _token(secret, row.id, earlier.attempt, earlier.request_id)
-    return _lease(session, row, earlier.attempt, token, settings)
+    inputs = JobInputs.model_validate(row.inputs)
+    here = (StreamRow.job == row.number, StreamRow.attempt == earlier.attempt)
+    next_seq = {stream.kind: stream.next_seq for stream in session.exec(select(StreamRow).where(*here))}
+    return _lease(session, row, inputs, earlier.attempt, token, settings, next_seq=next_seq)
 
 
 def _open_attempt(
@@ -155,15 +159,21 @@ def _open_attempt(
             protocol=claim.protocol,
         )
     )
-    session.add_all(
-        StreamRow(job=row.number, attempt=attempt, kind=kind) for kind in ("metrics", "logs", "events")
-    )
     session.flush()
+    kinds = [{"job": row.number, "attempt": attempt, "kind": kind, "next_seq": 0} for kind in STREAMS]
+    session.execute(StreamRow.__table__.insert(), kinds)  # type: ignore[attr-defined]  # SQLModel hides the table
 
 
-def _lease(session: Session, row: JobRow, attempt: int, token: str, settings: Settings) -> Lease:
-    inputs = JobInputs.model_validate(row.inputs)
-    streams = session.exec(select(StreamRow).where(StreamRow.job == row.number, StreamRow.attempt == attempt))
+def _lease(
+    session: Session,
+    row: JobRow,
+    inputs: JobInputs,
+    attempt: int,
+    token: str,
+    settings: Settings,
+    *,
+    next_seq: dict[str, int],
+) -> Lease:
     return Lease(
         job_id=row.id,
         attempt=attempt,
@@ -174,17 +184,17 @@ def _lease(session: Session, row: JobRow, attempt: int, token: str, settings: Se
         training_file=inputs.training_file,
         validation_file=inputs.validation_file,
         base=inputs.base,
-        checkpoints=_checkpoints(session, row),
-        next_seq={stream.kind: stream.next_seq for stream in streams},
+        checkpoints=_checkpoints(session, row, attempt),
+        next_seq=next_seq,
     )
 
 
-def _checkpoints(session: Session, row: JobRow) -> list[CheckpointRef]:
+def _checkpoints(session: Session, row: JobRow, attempt: int) -> list[CheckpointRef]:
     """What to go on from, newest first: the job's own checkpoints, or those of the job that it goes on from."""
-    own = whole_checkpoints(session, row.number)
-    seed = session.exec(select(JobRow.id).where(JobRow.number == row.seed_job)).first()
-    if own or seed is None:
+    own = whole_checkpoints(session, row.number) if attempt > 1 else []
+    if own or row.seed_job is None:
         return [_ref(found, None) for found in reversed(own)]
+    seed = session.exec(select(JobRow.id).where(JobRow.number == row.seed_job)).first()
     first = select(CheckpointRow.step).where(
         CheckpointRow.job == row.seed_job, CheckpointRow.name == row.seed_checkpoint
     )

@@ -15,11 +15,12 @@ from sftd_server.tables import AttemptRow, JobRow, WorkerRow
 FORGOTTEN_SECONDS = 86400.0  # a process that was not heard of for so long is taken off the list
 
 
-def asked(session: Session, claim: Claim, now: datetime) -> None:
-    """Note that a worker asked for a job, and what it has free."""
+def asked(session: Session, claim: Claim, now: datetime) -> WorkerRow | None:
+    """Note that a worker asked for a job, and what it has free; return what is known of it."""
     here = (col(WorkerRow.id) == claim.worker_id, col(WorkerRow.boot_id) == claim.boot_id)
     values = {"seen_at": now, "free_gpus": claim.gpus, "disk_free_bytes": claim.disk_free_bytes}
-    session.exec(update(WorkerRow).where(*here).values(**values))
+    statement = update(WorkerRow).where(*here).values(**values).returning(WorkerRow)
+    return session.execute(statement).scalars().first()
 
 
 def seen(session: Session, attempt: AttemptRow, now: datetime) -> None:
