@@ -19,6 +19,8 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.pool import QueuePool
 from sqlmodel import Session
 
+from sftd_server.errors import is_disk_full
+
 T = TypeVar("T")
 MAX_BATCH = 256
 NUM_READERS = 4
@@ -46,6 +48,8 @@ class _Item(Generic[T]):
     work: Callable[[Session], T]
     answer: "asyncio.Future[T]"
     loop: asyncio.AbstractEventLoop
+    bulk: bool = False
+    error: Exception | None = None  # of the newest try
 
 
 class Database:
@@ -59,6 +63,7 @@ class Database:
         self._writer = threading.Thread(target=self._write_forever, name="writer", daemon=True)
         self._signals: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
         self._closed = False
+        self.make_room: Callable[[], bool] = lambda: False  # asked on a full disk; True: try again
         self.num_commits = 0
         self.num_writes = 0
 
@@ -85,13 +90,17 @@ class Database:
             raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.engine.dispose()
 
-    async def write(self, work: Callable[[Session], T]) -> T:
-        """Run `work` in the writer's next transaction; its result, once that is on disk."""
+    async def write(self, work: Callable[[Session], T], *, bulk: bool = False) -> T:
+        """Run `work` in the writer's next transaction; its result, once that is on disk.
+
+        On a full disk `bulk` work fails, so that what room can still be made goes to the rest, which is then run
+        once more: it must not bring anything along that the first run has used up, such as a row to add.
+        """
         if self._closed:
             raise DatabaseClosed("the server is stopping")
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
-        self._queue.put(_Item(work, answer, loop))
+        self._queue.put(_Item(work, answer, loop, bulk))
         return await answer
 
     async def read(self, work: Callable[[Session], T]) -> T:
@@ -136,17 +145,14 @@ class Database:
         return items, True
 
     def _write_batch(self, items: list[_Item[Any]]) -> None:  # items of any result type
-        outcomes: list[Callable[[], None]] = []
-        topics: set[str] = set()
-        try:
-            with Session(self.engine, expire_on_commit=False, execution_options=_PLAIN) as session:
-                for item in items:
-                    outcomes.append(self._write_one(session, item, topics))
-                session.commit()
-        except Exception as error:  # the commit itself failed: none of them happened
-            log.exception("a transaction of %d writes failed", len(items))
-            outcomes = [_failure(item, error) for item in items]
-            topics = set()
+        outcomes, topics = self._transact(items)
+        full = [i for i, item in enumerate(items) if item.error is not None and is_disk_full(item.error)]
+        if full and self.make_room():
+            again = [i for i in full if not items[i].bulk]
+            second, more = self._transact([items[i] for i in again])
+            for i, outcome in zip(again, second, strict=True):
+                outcomes[i] = outcome
+            topics |= more
         self.num_commits += 1
         self.num_writes += len(items)
         for loop in {item.loop for item in items}:
@@ -155,7 +161,27 @@ class Database:
             except RuntimeError:  # the loop is gone, and with it whoever asked
                 log.warning("%d writes were done after their askers had left", len(items))
 
+    def _transact(
+        self, items: list[_Item[Any]]
+    ) -> tuple[list[Callable[[], None]], set[str]]:  # items of any result type
+        """One transaction: what to tell each asker, and the topics to wake."""
+        outcomes: list[Callable[[], None]] = []
+        topics: set[str] = set()
+        try:
+            with Session(self.engine, expire_on_commit=False, execution_options=_PLAIN) as session:
+                for item in items:
+                    outcomes.append(self._write_one(session, item, topics))
+                session.commit()
+        except Exception as error:  # the commit itself failed: none of them happened
+            log.error(
+                "a transaction of %d writes failed: %s", len(items), error, exc_info=not is_disk_full(error)
+            )
+            outcomes = [_failure(item, error) for item in items]
+            topics = set()
+        return outcomes, topics
+
     def _write_one(self, session: Session, item: _Item[Any], topics: set[str]) -> Callable[[], None]:
+        item.error = None
         session.info[_TOUCHED] = set()
         savepoint = session.begin_nested()
         connection = session.connection()
@@ -218,4 +244,5 @@ def _in_transaction(connection: Connection) -> bool:
 
 
 def _failure(item: _Item[Any], error: Exception) -> Callable[[], None]:
+    item.error = error
     return lambda: None if item.answer.done() else item.answer.set_exception(error)

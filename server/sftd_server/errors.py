@@ -143,11 +143,11 @@ class DiskFull(ApiError):
     status = 507
     kind = "server_error"
 
-    def __init__(self) -> None:
+    def __init__(self, message: str | None = None) -> None:
         super().__init__(
-            "The server's disk is full; its owner frees space, then try again.",
+            message or "The server's disk is full; its owner frees space, then try again.",
             code="disk_full",
-            headers={"retry-after": "10"},
+            headers={"retry-after": "3"},
         )
 
 
@@ -156,11 +156,18 @@ def is_database_busy(error: Exception) -> bool:
     return isinstance(error, OperationalError) and "database is locked" in str(error)
 
 
+# The index of the write-ahead log, and a disk that finds out late, have words of their own for it.
+_NO_ROOM = {"SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"}
+
+
 def is_disk_full(error: Exception) -> bool:
     """Whether there was no room, in the words of SQLite or of the system."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, OperationalError) and "database or disk is full" in str(error)
+    if not isinstance(error, OperationalError):
+        return False
+    name = getattr(error.orig, "sqlite_errorname", "")
+    return name in _NO_ROOM or "database or disk is full" in str(error)
 
 
 def error_answer(error: ApiError) -> JSONResponse:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from sftd_server.auth import Keyring
+from sftd_server.ballast import DiskRoom
 from sftd_server.clock import Clock
 from sftd_server.datafolder import DataFolder
 from sftd_server.db import Database
@@ -24,6 +25,8 @@ class Server:
         self.clock = clock
         self.folder = DataFolder(settings.data)
         self.db = Database(settings.database_url)
+        self.disk = DiskRoom(settings)
+        self.db.make_room = self.disk.make_room
         self.keyring = Keyring(self.db, clock)
         self.secret = ""  # tokens of leases are derived from it
         self.installation_id = ""
