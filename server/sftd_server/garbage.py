@@ -117,6 +117,10 @@ def _lines(spool: Path) -> Iterator[tuple[str, int]]:
                 found = _BEGIN.match(line)
                 if found and line.endswith(b"}\n"):
                     yield found[1].decode(), int(found[2])
+                    continue
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # another writer's, or torn
+                    told = json.loads(line)
+                    yield str(told["type"]), int(told["attempt"])
     except FileNotFoundError:
         return
 
