@@ -61,7 +61,7 @@ class DiskRoom:
             return spent or self.room_bytes >= SPARE_BYTES
 
     def require_room(self, num_bytes: int = 0) -> None:
-        """Raise DiskFull where the reserve is touched, or would be by so much more."""
+        """Raise DiskFull where the reserve is touched, would be by so much more, or the ballast is given up."""
         if self.low or self.room_bytes - num_bytes < self._settings.disk_reserve_bytes:
             raise DiskFull(
                 f"The server's disk has {self.room_bytes:,} bytes of room, of which"
@@ -78,11 +78,20 @@ class DiskRoom:
 
     def _measure(self, *, is_full: bool = False) -> None:
         self.room_bytes = min(self._room(folder) for folder in self._folders)
-        low = is_full or self.room_bytes < self._settings.disk_reserve_bytes
+        low = is_full or self.room_bytes < self._settings.disk_reserve_bytes or not self._is_balanced()
         if low != self.low:
             said = "is nearly full: reports, uploads and claims wait" if low else "has room again"
             log.warning("the disk %s (%d bytes of room)", said, self.room_bytes)
         self.low = low
+
+    def _is_balanced(self) -> bool:
+        """The ballast is there, or can be made at the next look."""
+        return _size(self.path) == self._settings.ballast_bytes or self._can_make()
+
+    def _can_make(self) -> bool:
+        wanted = self._settings.ballast_bytes
+        least = max(self._settings.disk_reserve_bytes, wanted + SPARE_BYTES) if wanted else 0
+        return self._room(self.path.parent) >= least
 
     def _free(self) -> int:
         return min(_free(folder) for folder in self._folders)
@@ -110,8 +119,7 @@ class DiskRoom:
         wanted = self._settings.ballast_bytes
         if _size(self.path) == wanted or not wanted:
             return True
-        least = max(self._settings.disk_reserve_bytes, wanted + SPARE_BYTES)
-        if self._room(self.path.parent) < least:
+        if not self._can_make():
             return True
         try:
             _write_noise(self.path, wanted)

@@ -8,6 +8,7 @@ other's. `await db.read(fn)` sees one consistent snapshot and cannot write. Neit
 import asyncio
 import logging
 import queue
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,12 @@ class Database:
             connection.rollback()
             raw = connection.connection.driver_connection
             assert raw is not None
-            raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            try:
+                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except (
+                sqlite3.OperationalError
+            ) as error:  # a full disk: the log is whole, and read at the next start
+                log.warning("the write-ahead log could not be folded into the database: %s", error)
         self.engine.dispose()
 
     async def write(self, work: Callable[[Session], T], *, bulk: bool = False) -> T:
