@@ -500,7 +500,8 @@ def storage(
         print(f"{size(found.next_bytes)} would be deleted now" + (":" if items else "."))
     else:
         print(
-            f"{size(found.freed_bytes)} {'would be' if dry_run else 'were'} deleted" + (":" if items else ".")
+            f"{size(found.freed_bytes)} {'would be' if found.dry_run else 'were'} deleted"
+            + (":" if items else ".")
         )
     rows = [(i.kind, i.job_id or "", i.name, size(i.bytes), i.why) for i in items]
     if rows:

@@ -123,5 +123,5 @@ class StorageOf:
 
     def collect(self, *, dry_run: bool = False) -> Collected:
         """Delete now what is not kept; only an administrator may: `client.storage.collect(dry_run=True)`."""
-        path = "/storage/collect" + ("?dry_run=true" if dry_run else "")
-        return self._transport.request("POST", path).parse(Collected)
+        params = {"dry_run": "true" if dry_run else "false"}
+        return self._transport.request("POST", "/storage/collect", params=params).parse(Collected)
