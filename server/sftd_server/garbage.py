@@ -48,7 +48,7 @@ def finished_jobs(session: Session, *, before: datetime) -> list[Shipped]:
     jobs = select(JobRow.number, JobRow.id).where(
         col(JobRow.state).in_(TERMINAL), col(JobRow.finished_at) < before
     )
-    found = {number: id for number, id in session.exec(jobs)}
+    found = dict(session.exec(jobs).all())
     held: dict[int, dict[tuple[int, str], int]] = {number: {} for number in found if number is not None}
     streams = select(StreamRow.job, StreamRow.attempt, StreamRow.kind, StreamRow.next_seq)
     for number, attempt, kind, next_seq in session.exec(streams):

@@ -96,6 +96,8 @@ def choose(shelf: Shelf, needed: Needed, *, settings: Settings, now: datetime) -
         keep = max(keep, LEAST_UNTIL_OVER)
     whole = [held for held in shelf.held if not held.corrupt]
     kept = {held.name for held in whole[-keep:]} | _best(whole)
+    if whole:  # an attempt that went on from before the newest step distrusts what is beyond it
+        kept.add(max(whole, key=lambda held: (held.attempt, held.step)).name)
     doomed = {}
     for held in shelf.held:
         if held.name in kept or _is_held_fast(shelf, held, needed):

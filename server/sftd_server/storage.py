@@ -74,6 +74,9 @@ def bytes_by_kind(settings: Settings) -> dict[str, int]:
     """What lies in the data folder, by kind. Links are not followed."""
     data, found = settings.data, Counter[str]()
     for job in _folders(data / "jobs"):
+        if job.name.startswith(_HALVES):  # of a job that was deleted
+            found["leftovers"] += tree_bytes(job)
+            continue
         for path in _entries(job):
             if path.name.startswith(_HALVES):
                 found["leftovers"] += tree_bytes(path)

@@ -98,22 +98,23 @@ def remove_checkpoint(job: Path, name: str, *, manifest_sha256: str | None) -> b
 def leftovers(jobs: Path, known: Mapping[str, Known], *, now: datetime) -> Iterator[StorageItem]:
     """What nobody needs any more in the jobs' folders. Folders of jobs that are not on record are left alone."""
     for job in _entries(jobs):
+        if job.name.startswith(".trash-") and _is_folder(job) and _is_older(job, now - ORPHAN_AGE):
+            yield _leftover(job, jobs.parent, None, "its job was deleted")
         facts = known.get(job.name)
         if facts is None or not _is_folder(job):
             continue
         idle = facts.is_over and not _is_locked(job)
         found = [*_of_job(job, idle=idle), *_of_checkpoints(job, facts, idle=idle, now=now)]
         for path, why in found:
-            name = str(path.relative_to(jobs.parent))
-            yield StorageItem(
-                kind="leftover", job_id=job.name, name=name, step=None, bytes=tree_bytes(path), why=why
-            )
+            yield _leftover(path, jobs.parent, job.name, why)
 
 
 def remove_leftover(data: Path, item: StorageItem, known: Mapping[str, Known]) -> bool:
     """Delete one of `leftovers`. False: it was not what it seemed, or could not be deleted."""
     path = data / item.name
-    facts = known.get(item.job_id or "")
+    if item.job_id is None:
+        return _delete(path)
+    facts = known.get(item.job_id)
     if facts is None:
         return False
     if path.name.startswith(TRASH):
@@ -128,6 +129,11 @@ def remove_leftover(data: Path, item: StorageItem, known: Mapping[str, Known]) -
         wanted = None if record is None or facts.is_over else record.manifest_sha256
         return remove_checkpoint(path.parent.parent, path.name, manifest_sha256=wanted)
     return _delete(path)
+
+
+def _leftover(path: Path, data: Path, job_id: str | None, why: str) -> StorageItem:
+    name = str(path.relative_to(data))
+    return StorageItem(kind="leftover", job_id=job_id, name=name, step=None, bytes=tree_bytes(path), why=why)
 
 
 def _of_job(job: Path, *, idle: bool) -> Iterator[tuple[Path, str]]:

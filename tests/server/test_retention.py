@@ -14,7 +14,7 @@ from sftd.schemas import JobState
 from sftd_server import retention, sweep
 from sftd_server.retention import Held, Shelf, choose
 from sftd_server.settings import Settings
-from sftd_server.tables import CheckpointRow, JobRow
+from sftd_server.tables import CheckpointRow
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -68,6 +68,12 @@ def test_pinned_needed_and_the_last_are_kept() -> None:
 
     assert going(of, {("job_a", "checkpoint-20"), ("job_b", "checkpoint-30")}) == [30, 40]
     assert going(of, {("job_a", "*")}) == []
+
+
+def test_the_newest_of_the_newest_attempt_is_kept_though_older_attempts_had_come_further() -> None:
+    steps = [held(10), held(20, attempt=2), held(30), held(40), held(50)]
+
+    assert going(shelf(*steps, state="running", attempt=2, keep=2)) == [10, 30]
 
 
 def test_damaged_ones_do_not_count_and_go_when_the_job_is_over() -> None:
@@ -240,11 +246,13 @@ def test_a_claim_that_comes_between_plan_and_deletion_keeps_everything(make_box)
 
 def test_a_deletion_never_turns_up_as_damage(box) -> None:
     lease = box.running()
-    for step in (10, 20, 30, 40):
-        save(box, lease, step)
+    reports = {step: lay_down(box, lease, step) for step in (10, 20, 30, 40)}
+    for step, report in reports.items():
+        lease.checkpoint(step, **report)
     until(lambda: listed(box, lease.job_id) == [20, 30, 40])
 
-    assert lease.checkpoint(10, corrupt=True).status_code == 200  # a worker that found it missing
+    found_missing = lease.checkpoint(10, **reports[10], corrupt=True)
+    assert found_missing.status_code == 200
 
     assert "checkpoint_corrupt" not in box.events(lease.job_id)
     rows = box.run(box.server.db.read(lambda session: session.exec(select(CheckpointRow.corrupt)).all()))
@@ -273,8 +281,8 @@ def test_a_step_that_is_saved_again_after_its_deletion_is_there_again(make_box) 
     box.expire()
     second = box.claim("w2")
     second.start()
-    for step in (30, 40):  # both are damaged: it goes on from 10, and makes 20 anew
-        second.checkpoint(step, corrupt=True)
+    for found in second.answer["checkpoints"][:2]:  # both are damaged: it goes on from 10, and makes 20 anew
+        second.checkpoint(found["step"], manifest_sha256=found["manifest_sha256"], corrupt=True)
     save(box, second, 20)
 
     collect(box)
@@ -302,19 +310,32 @@ def test_a_checkpoint_that_another_job_begins_from_stays_until_that_is_over(make
         save(box, lease, step)
     lease.finish(files={})
     needs = box.submit(base_model=f"job:{lease.job_id}@10")
-    seeded = box.submit()
-
-    def seed(session) -> None:
-        values = {"seed_job": 1, "seed_checkpoint": "checkpoint-20"}
-        session.exec(update(JobRow).where(col(JobRow.id) == seeded).values(**values))
-
-    box.run(box.server.db.write(seed))
     box.server.settings = box.server.settings.model_copy(update={"keep_checkpoints": 1})
-    assert [item.step for item in collect(box)] == [30, 40]
-    assert on_disk(box, lease.job_id) == names(10, 20, 50)
+    assert [item.step for item in collect(box)] == [20, 30, 40]
+    assert on_disk(box, lease.job_id) == names(10, 50)
 
     box.admin.post(f"/jobs/{needs}/cancel")
-    box.admin.post(f"/jobs/{seeded}/cancel")
+    assert [item.step for item in collect(box)] == [10]
+
+
+def test_all_that_the_lease_of_a_retry_lists_stays_until_it_is_over(make_box) -> None:
+    box = make_box(keep_checkpoints=10)
+    lease = box.running()
+    for step in (10, 20, 30):
+        save(box, lease, step)
+    lease.finish("failed")
+    retried = box.admin.post(f"/jobs/{lease.job_id}/retry", json={"from": "checkpoint"}).json()["id"]
+    box.server.settings = box.server.settings.model_copy(update={"keep_checkpoints": 1})
+
+    assert collect(box) == []
+    second = box.claim("w2", protocol=2)
+    assert second.job_id == retried
+    assert [found["step"] for found in second.answer["checkpoints"]] == [30, 20, 10]
+    assert collect(box) == []
+    second.start()
+    save(box, second, 40)
+    assert collect(box) == []
+    second.finish("failed")
     assert [item.step for item in collect(box)] == [10, 20]
 
 
@@ -357,6 +378,26 @@ def test_a_job_is_refused_whose_base_is_deleted_while_it_is_posted(
     error = assert_error(box.admin.post("/jobs", json=body), 422, "invalid_spec")
     assert error["param"] == "base_model"
     assert "no longer there" in error["message"]
+
+
+def test_a_retry_is_refused_whose_checkpoint_is_deleted_while_it_is_asked_for(
+    box, assert_error, monkeypatch
+) -> None:
+    lease = box.running()
+    save(box, lease, 10)
+    lease.finish("failed")
+    write = box.server.db.write
+
+    def delete(session) -> None:
+        session.exec(update(CheckpointRow).values(deleted_at=box.clock.now()))
+
+    async def after_a_deletion(work, **how):
+        await write(delete)
+        return await write(work, **how)
+
+    monkeypatch.setattr(box.server.db, "write", after_a_deletion)
+    answer = box.admin.post(f"/jobs/{lease.job_id}/retry", json={"from": "checkpoint"})
+    assert "no longer there" in assert_error(answer, 422, "invalid_spec")["message"]
 
 
 # ---------------------------------------------------------------- crashes
@@ -448,15 +489,8 @@ def test_above_the_limit_the_oldest_finished_jobs_lose_checkpoints_and_no_result
         lease = box.running()
         for step in (10, 20, 30):
             save(box, lease, step)
-        box.run(
-            box.server.db.write(
-                lambda session, number=len(jobs) + 1: session.exec(
-                    update(CheckpointRow)
-                    .where(col(CheckpointRow.job) == number, col(CheckpointRow.step) == 10)
-                    .values(pinned="first")
-                )
-            )
-        )
+        pinned = box.admin.post(f"/jobs/{lease.job_id}/checkpoints/10/pin", json={"name": "first"})
+        assert pinned.status_code == 200
         lease.finish(files={"model": {"bytes": 500, "sha256": "ab" * 32}})
         box.clock.advance(60)
         jobs.append(lease.job_id)
