@@ -36,11 +36,12 @@ from sftd.output import (
     printable,
     printable_lines,
     say,
+    size,
     steps,
     when,
 )
 from sftd.rows import RowsInvalid, check_file
-from sftd.schemas import Event, Job, Worker
+from sftd.schemas import Collected, Event, Job, Storage, Worker
 from sftd.specfile import read_spec, set_field, upload_files
 from sftd.watch import watch
 
@@ -487,6 +488,37 @@ def undrain(worker_id: WorkerId) -> None:
     say(f"{worker_id} takes jobs again")
 
 
+@app.command()
+def storage(
+    collect: Annotated[bool, typer.Option("--collect", help="Delete now what is not kept (admins).")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --collect: say only what would be deleted.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how full the server's disk is, and what would be deleted next."""
+    if dry_run and not collect:
+        raise ConfigurationError("--dry-run goes with --collect; without it nothing is deleted anyway.")
+    with Client() as client:
+        found = client.storage.collect(dry_run=dry_run) if collect else client.storage.show()
+    if as_json:
+        print_json(found)
+        return
+    items = found.removed if isinstance(found, Collected) else found.next
+    if isinstance(found, Storage):
+        print_table(("KIND", "SIZE"), [(kind, size(num)) for kind, num in found.bytes.items()])
+        print(f"{size(found.free_bytes)} of {size(found.total_bytes)} are free" + _low(found))
+        print(f"{size(found.next_bytes)} would be deleted now" + (":" if items else "."))
+    else:
+        print(
+            f"{size(found.freed_bytes)} {'would be' if found.dry_run else 'were'} deleted"
+            + (":" if items else ".")
+        )
+    rows = [(i.kind, i.job_id or "", i.name, size(i.bytes), i.why) for i in items]
+    if rows:
+        print_table(("KIND", "JOB", "NAME", "SIZE", "WHY"), rows)
+
+
 @keys.command("add")
 def add_key(
     name: Annotated[str, typer.Argument(help="Whose key it is.")],
@@ -553,6 +585,11 @@ def _leaving(job_id: str) -> Iterator[None]:
 def _watch(client: Client, job_id: str, *, logs: bool, timeout_seconds: float | None = None) -> None:
     with _leaving(job_id):
         watch(client, job_id, console=Console(), logs=logs, timeout_seconds=timeout_seconds)
+
+
+def _low(storage: Storage) -> str:
+    kept = f"; {size(storage.reserve_bytes)} are kept in reserve"
+    return kept + (": reports, uploads and new runs wait until there is space" if storage.low else "")
 
 
 def _upload(client: Client, path: Path, *, purpose: str = "fine-tune") -> str:

@@ -1,4 +1,4 @@
-"""The Python client: `Client().jobs`, `.files`, `.keys`, `.workers`.
+"""The Python client: `Client().jobs`, `.files`, `.keys`, `.workers`, `.storage`.
 
 from sftd import Client
 
@@ -19,7 +19,7 @@ from sftd.discovery import find_address
 from sftd.files import Files
 from sftd.jobs import Jobs
 from sftd.paging import pages
-from sftd.schemas import Key, KeyRequest, NewKey, Page, Worker
+from sftd.schemas import Collected, Key, KeyRequest, NewKey, Page, Storage, Worker
 
 
 class Client:
@@ -42,6 +42,7 @@ class Client:
         self.files = Files(transport)
         self.keys = Keys(transport)
         self.workers = Workers(transport)
+        self.storage = StorageOf(transport)
 
     @property
     def url(self) -> str:
@@ -108,3 +109,19 @@ class Workers:
         """The processes of that name, as they are now."""
         path = f"/workers/{quote(worker_id, safe='')}/{verb}"
         return self._transport.request("POST", path).parse(Page[Worker]).data
+
+
+class StorageOf:
+    """The server's disk."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def show(self) -> Storage:
+        """How full it is, with what, and what would be deleted next: `client.storage.show().free_bytes`."""
+        return self._transport.request("GET", "/storage").parse(Storage)
+
+    def collect(self, *, dry_run: bool = False) -> Collected:
+        """Delete now what is not kept; only an administrator may: `client.storage.collect(dry_run=True)`."""
+        params = {"dry_run": "true" if dry_run else "false"}
+        return self._transport.request("POST", "/storage/collect", params=params).parse(Collected)

@@ -68,6 +68,16 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
+def size(num_bytes: int) -> str:
+    """`0 B`, `12 KiB`, `3.4 GiB`."""
+    value, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if value >= 10 or unit == "B" else f"{value:.1f} {unit}"
+
+
 def when(at: datetime) -> str:
     """A time on this machine's clock."""
     return at.astimezone().strftime("%Y-%m-%d %H:%M:%S")

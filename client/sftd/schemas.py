@@ -292,6 +292,41 @@ class Worker(Answer):
     alive: bool = Field(True, description="Heard of lately.")
 
 
+class StorageItem(Answer):
+    """Something on the server's disk that goes, or has gone."""
+
+    kind: str = Field(description="checkpoint, spool, file, blob, cache or leftover.")
+    job_id: str | None
+    name: str
+    step: int | None = Field(description="Of a checkpoint.")
+    bytes: int
+    why: str
+
+
+class Storage(Answer):
+    """How full the server's disk is, with what, and what would be deleted next."""
+
+    object: Literal["storage"] = "storage"
+    total_bytes: int = Field(description="Size of the disk that the data folder lies on.")
+    free_bytes: int
+    reserve_bytes: int = Field(description="With less room than this, reports, uploads and claims wait.")
+    low: bool = Field(description="They wait now.")
+    bytes: dict[str, int] = Field(
+        description="By kind: checkpoints, results, logs, leftovers, jobs_other, files, cache, models, database, ballast."
+    )
+    next: list[StorageItem] = Field(description="What would be deleted now; at most 1,000 items.")
+    next_bytes: int = Field(description="All that would be deleted now.")
+
+
+class Collected(Answer):
+    """What was deleted."""
+
+    object: Literal["collected"] = "collected"
+    dry_run: bool = Field(description="Nothing was deleted; this is what would be.")
+    freed_bytes: int
+    removed: list[StorageItem] = Field(description="At most 1,000 items.")
+
+
 class Key(Answer):
     """An access key, without its secret."""
 

@@ -23,16 +23,18 @@ from sqlalchemy.exc import DBAPIError
 
 import sftd
 from sftd.discovery import remember_server
-from sftd_server import docs, installation, keys, migrations, status
+from sftd_server import docs, installation, keys, migrations, status, storage
 from sftd_server.clock import Clock
 from sftd_server.datafolder import StartRefused, require_local
 from sftd_server.errors import install_error_handlers
 from sftd_server.files import router as files_router
 from sftd_server.gate import Gate
+from sftd_server.janitor import Janitor
 from sftd_server.jobs import removal
 from sftd_server.jobs import router as jobs_router
 from sftd_server.server import Server
 from sftd_server.settings import Settings, SettingsError, read_settings
+from sftd_server.upkeep import Upkeep
 from sftd_server.workers import router as workers_router
 from sftd_server.workers.reaper import Reaper
 
@@ -45,7 +47,8 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(server):
+        async with running(server) as janitor:
+            app.state.janitor = janitor
             yield
 
     app = FastAPI(
@@ -60,17 +63,18 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
     app.state.server = server
     app.add_middleware(Gate, server=server)
     install_error_handlers(app)
-    for part in (jobs_router, files_router, workers_router, keys, status, docs):
+    for part in (jobs_router, files_router, workers_router, keys, status, storage, docs):
         app.include_router(part.router)
     docs.describe(app)
     return app
 
 
 @contextlib.asynccontextmanager
-async def running(server: Server) -> AsyncIterator[None]:
-    """The server's life: lock, migrate, load; then the reaper beside the requests; then stop cleanly."""
+async def running(server: Server) -> AsyncIterator[Janitor]:
+    """The server's life: lock, migrate, load; then reaper, upkeep and janitor beside the requests; then stop cleanly."""
     lock = take_folder(server)
     try:
+        server.disk.begin()
         await asyncio.to_thread(migrations.upgrade, server.db.engine)
         server.db.start()
         await server.set_clock()
@@ -78,11 +82,16 @@ async def running(server: Server) -> AsyncIterator[None]:
         await _finish_removals(server)
         reaper = Reaper(server)
         await reaper.begin()
-        beside = [asyncio.create_task(reaper.run(), name="reaper")]
+        janitor = Janitor(server)
+        beside = [
+            asyncio.create_task(reaper.run(), name="reaper"),
+            asyncio.create_task(Upkeep(server).run(), name="upkeep"),
+            asyncio.create_task(janitor.run(), name="janitor"),
+        ]
         if server.db.shared:
             beside.append(asyncio.create_task(server.keyring.follow(), name="keys"))
         try:
-            yield
+            yield janitor
         finally:
             server.begin_stop()
             for task in beside:

@@ -21,6 +21,8 @@ LOCK_MILLISECONDS = (
 STATEMENT_MILLISECONDS = 30_000
 IDLE_MILLISECONDS = 10_000  # a server that was stopped within a transaction must not hold its rows for ever
 _DRIVER = "postgresql+psycopg"
+# The index of the write-ahead log, and a disk that finds out late, have words of their own for it.
+_NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
 
 
 class Failure(StrEnum):
@@ -112,7 +114,7 @@ def _sqlite_failure(error: DBAPIError) -> Failure | None:
     if not isinstance(error, OperationalError):
         return None
     said = str(error)
-    if "database or disk is full" in said:
+    if "database or disk is full" in said or getattr(error.orig, "sqlite_errorname", "") in _NO_ROOM:
         return Failure.FULL
     return Failure.BUSY if "database is locked" in said else None
 

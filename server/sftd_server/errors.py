@@ -143,11 +143,11 @@ class DiskFull(ApiError):
     status = 507
     kind = "server_error"
 
-    def __init__(self) -> None:
+    def __init__(self, message: str | None = None) -> None:
         super().__init__(
-            "The server's disk is full; its owner frees space, then try again.",
+            message or "The server's disk is full; its owner frees space, then try again.",
             code="disk_full",
-            headers={"retry-after": "10"},
+            headers={"retry-after": "3"},
         )
 
 

@@ -75,6 +75,8 @@ class Gate:
                 log.warning("request %s: the database cannot be reached", answer.request_id)
             else:
                 log.exception("request %s: %s %s", answer.request_id, scope["method"], scope["path"])
+            if isinstance(error, OSError) and is_disk_full(error):
+                await asyncio.to_thread(self._server.disk.look)
             if answer.started:
                 raise  # the connection breaks off, so that half an answer is not taken for a whole one
             await self._refuse(_fault(error, answer.request_id), scope, body, answer)
@@ -84,6 +86,7 @@ class Gate:
         path = scope["path"]
         if path not in OPEN_PATHS:
             scope.setdefault("state", {})["caller"] = self._server.keyring.admit(path, headers)
+            self._server.disk.admit(scope["method"], path, headers.get("content-length"))
         _check_target(path, scope["query_string"])
         body.check_announced(headers)
         await self._app(scope, body.receive, answer.send)

@@ -12,6 +12,7 @@ from sqlalchemy import text
 from sqlmodel import Session
 
 from sftd_server.auth import Keyring
+from sftd_server.ballast import DiskRoom
 from sftd_server.clock import Clock, DatabaseClock
 from sftd_server.datafolder import DataFolder, FolderLock
 from sftd_server.db import Database
@@ -29,6 +30,8 @@ class Server:
         self.folder = DataFolder(settings.data)
         self.db = Database(settings.database_url)
         self.clock = clock or (DatabaseClock() if self.db.shared else Clock())
+        self.disk = DiskRoom(settings)
+        self.db.make_room = self.disk.make_room
         self.keyring = Keyring(self.db, self.clock)
         self.secret = ""  # tokens of leases are derived from it
         self.installation_id = ""

@@ -92,6 +92,39 @@ class Settings(BaseModel):
     reap_seconds: float = Field(1, gt=0, description="How often expired leases are looked for.")
     keepalive_seconds: float = Field(15, gt=0, description="A silent event stream sends a comment so often.")
     stop_seconds: float = Field(5, gt=0, description="How long open requests may take to end when stopping.")
+    keep_checkpoints: int = Field(
+        3, ge=1, description="Newest checkpoints of a job that are kept, where its spec does not say."
+    )
+    finished_checkpoint_days: float = Field(
+        0,
+        ge=0,
+        description="Jobs that ended so long ago keep their last, best, pinned and needed checkpoints only; 0: off.",
+    )
+    artifacts_max_bytes: int = Field(
+        0,
+        ge=0,
+        description="Above this the oldest finished jobs lose checkpoints, but no result; 0: no limit.",
+    )
+    finished_spool_days: float = Field(
+        30, ge=0, description="The spool of a job that ended so long ago is deleted; 0: never."
+    )
+    unused_file_days: float = Field(
+        0, ge=0, description="Uploaded files of this age that no job names are deleted; 0: never."
+    )
+    cache_max_bytes: int = Field(
+        0,
+        ge=0,
+        description="Above this what was used longest ago goes from cache/; 0: no limit.",
+    )
+    janitor_seconds: float = Field(600, gt=0, description="How often what may be deleted is looked for.")
+    ballast_bytes: int = Field(
+        16 * 1024**2, ge=0, description="A file of this size is given up when the disk is full; 0: none."
+    )
+    disk_reserve_bytes: int = Field(
+        64 * 1024**2,
+        ge=0,
+        description="With less room than this, the ballast's included, reports, uploads and claims wait.",
+    )
 
     @field_validator("database_url")
     @classmethod

@@ -75,6 +75,9 @@ async def metrics(server: ServerDep) -> PlainTextResponse:
     text += _figure(
         "sftd_commits_total", "counter", "Transactions they were grouped in.", {"": db.num_commits}
     )
+    disk = server.disk
+    text += _figure("sftd_disk_room_bytes", "gauge", "Room on the disk.", {"": disk.room_bytes})
+    text += _figure("sftd_disk_low", "gauge", "1 while reports wait for room.", {"": int(disk.low)})
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 

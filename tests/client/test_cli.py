@@ -48,6 +48,7 @@ COMMANDS = [
     "unpin",
     "drain",
     "undrain",
+    "storage",
 ]
 
 
@@ -237,6 +238,27 @@ def test_keys_are_made_listed_and_withdrawn(box: "Box", sftd: Callable[..., Outc
     assert f"{key_id}\tci\tuser" in sftd("keys", "ls").out
     assert sftd("keys", "rm", key_id).code == 0
     assert key_id not in sftd("keys", "ls").out
+
+
+def test_the_disk_is_shown_and_collected(box: "Box", sftd: Callable[..., Outcome]) -> None:
+    shown = sftd("storage")
+    assert shown.out.startswith("KIND\tSIZE\ncheckpoints\t")
+    assert "are free; 64 MiB are kept in reserve\n" in shown.out
+    assert json.loads(sftd("storage", "--json").out)["low"] is False
+    orphan = box.data / "blobs/sha256/00" / ("0" * 64)
+    orphan.parent.mkdir(parents=True, exist_ok=True)
+    orphan.write_bytes(b"x" * 3000)
+    os.utime(orphan, (0, 0))
+
+    dry = sftd("storage", "--collect", "--dry-run")
+    assert dry.out.splitlines()[0] == "2.9 KiB would be deleted:"
+    assert orphan.exists()
+    done = sftd("storage", "--collect")
+    assert done.out.splitlines()[0] == "2.9 KiB were deleted:"
+    assert done.out.splitlines()[2].startswith("blob\t\tblobs/sha256/00/000")
+    assert not orphan.exists()
+    assert sftd("storage", "--collect").out == "0 B were deleted.\n"
+    assert sftd("storage", "--dry-run").code == 2
 
 
 def test_check_counts_rows_and_names_mistakes(sftd: Callable[..., Outcome], rows: Path) -> None:

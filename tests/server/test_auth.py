@@ -13,6 +13,7 @@ EXPECTED = {
     ("DELETE", "/keys/{key_id}"): {"admin": 404, "user": 403, "worker": 403},
     ("POST", "/workers/{worker_id}/drain"): {"admin": 404, "user": 403, "worker": 403},
     ("POST", "/workers/{worker_id}/undrain"): {"admin": 404, "user": 403, "worker": 403},
+    ("POST", "/storage/collect"): {"admin": 200, "user": 403, "worker": 403},
     ("GET", "/healthz"): {"admin": 200, "user": 200, "worker": 200},
 }
 

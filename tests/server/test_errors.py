@@ -15,7 +15,7 @@ BODIES = {
     "/jobs/{job_id}/move": {"position": "first"},
     "/jobs/{job_id}/checkpoints/{step}/pin": {"name": "x"},
 }
-WITHOUT_BODY = ("/cancel", "/pause", "/resume", "/unpin", "/drain", "/undrain")
+WITHOUT_BODY = ("/cancel", "/pause", "/resume", "/unpin", "/drain", "/undrain", "/collect")
 
 
 def routes(app) -> list[tuple[str, str]]:

@@ -51,6 +51,7 @@ async def keep(server: Server, upload: Upload, caller: Caller) -> File:
     async with server.file_changes:
         await asyncio.to_thread(_publish, upload.path, blob)
         try:
+            # A row of its own for each run: a session that gives up uses it up.
             await server.db.write(lambda session: session.add(FileRow(**row.model_dump())))
         except Exception:  # a full disk, say: what nobody can name or delete must not fill it further
             if not await server.db.read(lambda session: _num_files_of(session, upload.sha256)):
@@ -74,6 +75,30 @@ async def remove(server: Server, file_id: str, caller: Caller) -> None:
         if orphan:
             path = server.folder.path / server.folder.blob_name(orphan)
             await asyncio.to_thread(path.unlink, missing_ok=True)
+
+
+async def remove_unused(server: Server, file_id: str, *, looked_upto: int) -> bool:
+    """Delete a file that no job named among those up to the number `looked_upto`, unless a newer one does."""
+
+    def work(session: Session) -> str | None:
+        row = session.exec(select(FileRow).where(FileRow.id == file_id).with_for_update()).first()
+        if row is None:
+            return None
+        for newer in session.exec(select(JobRow.inputs).where(col(JobRow.number) > looked_upto)):
+            inputs = JobInputs.model_validate(newer)
+            if any(
+                input and input.file_id == file_id for input in (inputs.training_file, inputs.validation_file)
+            ):
+                return None
+        session.exec(delete(FileRow).where(col(FileRow.id) == file_id))
+        return row.sha256
+
+    async with server.file_changes:
+        gone = await server.db.write(work)
+        if gone and not await server.db.read(lambda session: _num_files_of(session, gone)):
+            path = server.folder.path / server.folder.blob_name(gone)
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+    return gone is not None
 
 
 def file(session: Session, file_id: str) -> File:

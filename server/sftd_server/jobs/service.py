@@ -6,6 +6,7 @@ that ends is paid for here, and a job that ends without success takes with it th
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -22,7 +23,9 @@ from sftd_server.errors import Conflict, Invalid, NotFound
 from sftd_server.ids import new_id
 from sftd_server.jobs import accounts, dependencies
 from sftd_server.jobs.states import LEASED, TERMINAL, Facts, Trigger, next_state
-from sftd_server.tables import EventRow, FileRow, JobRow
+from sftd_server.tables import CheckpointRow, EventRow, FileRow, JobRow
+
+CHECKPOINT_PATH = re.compile(r"^jobs/(?P<job_id>[^/]+)/checkpoints/(?P<name>[^/]+)$")
 
 
 class JobInputs(BaseModel):
@@ -100,6 +103,8 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
             return earlier
     _require_files(session, submission.inputs)
     spec, origin = submission.spec, submission.origin or Origin("Waiting for a worker.")
+    _require_base(session, submission.inputs.base)
+    _require_seed(session, origin)
     row = JobRow(
         id=new_id("job"),
         owner=submission.owner,
@@ -143,6 +148,42 @@ def _require_files(session: Session, inputs: JobInputs) -> None:
         here = select(FileRow.id).where(FileRow.id == file.file_id)
         if not session.exec(here.with_for_update(read=True)).first():  # none goes before the job is there
             raise Invalid(f"{field}: there is no file {file.file_id!r}.", code="invalid_spec", param=field)
+
+
+def _require_base(session: Session, base: BaseRef | None) -> None:
+    """The checkpoint that a job builds on is still there: retention may have taken it since it was looked up."""
+    for path in {base.path, base.base_model} if base else ():
+        found = CHECKPOINT_PATH.match(path)
+        if found:
+            require_checkpoint(session, found["job_id"], found["name"], field="base_model")
+
+
+def _require_seed(session: Session, origin: "Origin") -> None:
+    """And so is the checkpoint that it goes on from."""
+    if origin.seed_job is not None and origin.seed_checkpoint is not None:
+        query = select(JobRow.id).where(JobRow.number == origin.seed_job)
+        job_id = session.exec(query).first() or "a job that was deleted"
+        require_checkpoint(session, job_id, origin.seed_checkpoint, field="from")
+
+
+def require_checkpoint(session: Session, job_id: str, name: str, *, field: str) -> None:
+    """Hold a checkpoint for a job that is written in this transaction. Raises Invalid where it is gone.
+
+    Retention looks for jobs that need a checkpoint after it has locked the checkpoint's row, as this does.
+    """
+    query = (
+        select(CheckpointRow.name)
+        .join(JobRow, col(JobRow.number) == col(CheckpointRow.job))
+        .where(JobRow.id == job_id, CheckpointRow.name == name)
+        .where(col(CheckpointRow.deleted_at).is_(None), col(CheckpointRow.corrupt).is_(False))
+        .with_for_update(of=CheckpointRow)
+    )
+    if session.exec(query).first() is None:
+        raise Invalid(
+            f"{field}: {name} of {job_id} is no longer there; GET /jobs/{job_id}/checkpoints lists those that are.",
+            code="invalid_spec",
+            param=field,
+        )
 
 
 # ---------------------------------------------------------------- the user's wishes

@@ -38,6 +38,8 @@ from sftd_server.tables import (
 )
 from sftd_server.workers.leases import Holder, attempt_of, fenced, keep_budget
 
+CHECKPOINTS = "checkpoints"  # topic: one was recorded
+
 
 class RunData(BaseModel):
     """The data of a `run` event that the server reads; the rest is kept as it is."""
@@ -140,9 +142,11 @@ def checkpoint(session: Session, holder: Holder, report: CheckpointReport, now: 
             manifest_sha256=report.manifest_sha256,
             files={name: file.model_dump() for name, file in report.files.items()},
             metrics=to_json(report.metrics),
+            pinned=known.pinned if known is not None else None,  # the same step again: the name stays on it
             created_at=now,
         )
     )
+    touch(session, CHECKPOINTS)
     num_bytes = sum(file.bytes for file in report.files.values())
     data = {"step": report.step, "name": report.name, "bytes": num_bytes}
     add_event(session, row, Note("checkpoint", f"Checkpoint of step {report.step} saved.", data), now)
@@ -322,6 +326,7 @@ def _strike(session: Session, row: JobRow, report: CheckpointReport, now: dateti
         col(CheckpointRow.step) == report.step,
         col(CheckpointRow.manifest_sha256) == report.manifest_sha256,
         col(CheckpointRow.corrupt).is_(False),
+        col(CheckpointRow.deleted_at).is_(None),  # what was deleted on purpose is missing, and no damage
     )
     if session.exec(update(CheckpointRow).where(*wanted).values(corrupt=True)).rowcount:
         data = {"step": report.step, "name": report.name}

@@ -79,6 +79,7 @@ async def claim(request: Request, message: Claim, server: ServerDep) -> Response
     async def take() -> Lease | None:
         if server.stopping:
             raise Unavailable("The server is stopping; claim again in a moment.", code="stopping")
+        server.disk.require_room()  # a job would only come to harm
         now = server.clock.now()
         work = functools.partial(
             claims.claim, claim=message, secret=server.secret, settings=server.settings, now=now
@@ -185,4 +186,5 @@ async def _append(
     server: Server, store: Callable[[Session, Holder, Batch], int], job_id: str, batch: Batch, token: str
 ) -> NextSeq:
     holder = leases.holder(job_id, batch.attempt, token)
-    return NextSeq(next_seq=await server.db.write(lambda session: store(session, holder, batch)))
+    next_seq = await server.db.write(lambda session: store(session, holder, batch), bulk=True)
+    return NextSeq(next_seq=next_seq)

@@ -5,6 +5,7 @@ that decides their content, so a second run on the same data starts at once. Wha
 any step: with file, line, field and remedy.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -85,6 +86,8 @@ def tokenize_file(
     Raises RunFailed(bad_data) naming file, line, field and remedy of every bad row (the first twenty in full).
     """
     cached = cache_dir / f"rows-{_cache_key(sha256, how)}.arrow"
+    with contextlib.suppress(OSError):
+        os.utime(cached)  # in use: what was used longest ago is deleted first
     if not cached.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
         unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
