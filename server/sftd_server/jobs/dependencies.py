@@ -74,6 +74,19 @@ def unmet(session: Session, row: JobRow) -> list[JobRow]:
     return list(session.exec(query))
 
 
+def all_unmet(session: Session) -> list[tuple[int, JobRow]]:
+    """(number of a queued job, a job that it still waits for)."""
+    waiting = aliased(JobRow)
+    query = (
+        select(DependencyRow.job, JobRow)
+        .join(JobRow, col(DependencyRow.needs) == col(JobRow.number))
+        .join(waiting, col(waiting.number) == col(DependencyRow.job))
+        .where(JobRow.state != JobState.SUCCEEDED, waiting.state == JobState.QUEUED)
+        .order_by(col(JobRow.number))
+    )
+    return list(session.exec(query).all())
+
+
 def is_needed(session: Session, row: JobRow) -> bool:
     """Whether any job waits, or has waited, for this one."""
     return (

@@ -1,10 +1,13 @@
 """Why a queued job waits, in words, from what is known at this moment."""
 
+import functools
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
+from sqlalchemy import case
 from sqlmodel import Session, col, func, select
 
+from sftd.schemas import JobState
 from sftd_server.jobs import dependencies, scheduling
 from sftd_server.jobs.scheduling import Place, Waiting
 from sftd_server.jobs.states import LEASED
@@ -15,28 +18,53 @@ MAX_NAMED = 3  # jobs or workers named in one sentence
 
 
 class Queue:
-    """The queue at one moment, for one answer; what several jobs need to know is read once."""
+    """The queue at one moment, for one answer; what all its jobs need to know is read once, when it is first asked for."""
 
     def __init__(self, session: Session, settings: Settings, now: datetime) -> None:
         self._session, self._settings, self._now = session, settings, now
-        self._used: dict[str, float] | None = None
-        self._places: list[Place] | None = None
 
-    @property
+    @functools.cached_property
     def used(self) -> dict[str, float]:
-        if self._used is None:
-            self._used = scheduling.usage(self._session, self._settings, self._now)
-        return self._used
+        return scheduling.usage(self._session, self._settings, self._now)
 
-    @property
+    @functools.cached_property
     def places(self) -> list[Place]:
-        if self._places is None:
-            self._places = scheduling.places(self._session, self._now)
-        return self._places
+        return scheduling.places(self._session, self._now)
+
+    @functools.cached_property
+    def _positions(self) -> dict[int | None, int]:
+        by = scheduling.order(self._settings, self.used, self._now)
+        ready = case((scheduling.is_ready(self._now), 1), else_=0)
+        line = select(JobRow.number, ready).where(JobRow.state == JobState.QUEUED).order_by(*by)
+        found: dict[int | None, int] = {}
+        position = 1
+        for number, is_ready in self._session.exec(line):
+            found[number] = position
+            position += is_ready
+        return found
+
+    @functools.cached_property
+    def _unmet(self) -> dict[int, list[str]]:
+        """What the queued jobs still wait for, described, by their numbers."""
+        found: dict[int, list[str]] = {}
+        for number, needed in dependencies.all_unmet(self._session):
+            found.setdefault(number, []).append(_described(needed))
+        return found
+
+    @functools.cached_property
+    def _making_room(self) -> dict[str | None, list[str]]:
+        """Jobs that make room, by the job that they make room for."""
+        found: dict[str | None, list[str]] = {}
+        query = select(JobRow.yield_to, JobRow.id).where(
+            col(JobRow.state).in_(LEASED), col(JobRow.yield_to).is_not(None)
+        )
+        for waiting, job_id in self._session.exec(query):
+            found.setdefault(waiting, []).append(job_id)
+        return found
 
     def position(self, row: JobRow) -> int:
         """1 for the job that goes next. Jobs that could not run yet are not counted before it."""
-        return sum(self._ahead(row)) + 1
+        return self._positions.get(row.number, 1)
 
     def why(self, row: JobRow, *, position: int | None = None) -> str:
         """What the job waits for. Without its `position` who goes before it is left out, which costs less."""
@@ -50,10 +78,10 @@ class Queue:
     # ------------------------------------------------------------ the job's own
 
     def _own_reason(self, row: JobRow, job: Waiting) -> str | None:
-        unmet = dependencies.unmet(self._session, row)
+        unmet = self._unmet.get(job.number)
         if unmet:
             more = f" and {len(unmet) - MAX_NAMED} more" if len(unmet) > MAX_NAMED else ""
-            return f"Waits for {', '.join(map(_described, unmet[:MAX_NAMED]))}{more}."
+            return f"Waits for {', '.join(unmet[:MAX_NAMED])}{more}."
         if row.not_before > self._now:
             seconds = (row.not_before - self._now).total_seconds()
             at = row.not_before.strftime("%H:%M:%S")
@@ -83,9 +111,7 @@ class Queue:
         if not with_disk:
             gigabytes = (job.needs_disk_bytes or 0) / 2**30
             return f"Waits for {gigabytes:.1f} GiB of free disk on {_workers(able)}."
-        room = self._session.exec(
-            select(JobRow.id).where(JobRow.yield_to == row.id, col(JobRow.state).in_(LEASED))
-        ).all()
+        room = self._making_room.get(row.id)
         if room:
             return f"{', '.join(room[:MAX_NAMED])} makes room for it."
         free = [place for place in with_disk if place.free >= job.gpus]

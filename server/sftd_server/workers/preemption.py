@@ -40,10 +40,9 @@ class _Running:
 
 def make_room(session: Session, settings: Settings, now: datetime) -> int:
     """Ask running jobs to yield to the first waiting job that this helps. Returns how many were asked."""
+    # Locked first: of two servers that look at once, the second then sees what the first has asked for.
+    running = _running(session, now) if settings.preemption != "off" else []
     yielded_to = _call_off(session, settings)
-    if settings.preemption == "off":
-        return 0
-    running = _running(session, now)
     if not running:
         return 0
     used = scheduling.usage(session, settings, now)
@@ -90,6 +89,7 @@ def _running(session: Session, now: datetime) -> list[_Running]:
         .where(JobRow.state == JobState.RUNNING, JobRow.want == Want.RUN, col(JobRow.yield_to).is_(None))
         .where(col(AttemptRow.protocol) >= YIELDS_SINCE)
         .where(col(AttemptRow.started_at) <= now - timedelta(seconds=MIN_RUN_SECONDS))
+        .order_by(col(JobRow.number))
         .with_for_update(of=JobRow)
     )
     found = []

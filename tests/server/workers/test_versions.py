@@ -4,7 +4,7 @@ import pytest
 from tests.server.conftest import Lease
 from tests.server.workers import protocol_1
 
-from sftd_server.workers import registry
+from sftd_server.workers import registration
 
 
 def test_every_answer_to_a_worker_of_protocol_1_parses_with_its_models(make_box) -> None:
@@ -61,7 +61,7 @@ def test_a_worker_of_this_version_is_told_everything(box) -> None:
 def test_a_worker_of_a_version_that_is_not_served_is_told_so(
     box, assert_error, monkeypatch, protocol: int, oldest: int, code: str
 ) -> None:
-    monkeypatch.setattr(registry, "OLDEST_PROTOCOL", oldest)
+    monkeypatch.setattr(registration, "OLDEST_PROTOCOL", oldest)
     box.submit()
 
     for answer in (box.register(protocol=protocol), box.try_claim(protocol=protocol)):
