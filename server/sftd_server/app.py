@@ -24,6 +24,8 @@ from sqlalchemy.exc import DBAPIError
 import sftd
 from sftd.discovery import remember_server
 from sftd_server import docs, installation, keys, migrations, status
+from sftd_server.artifacts import router as artifacts_router
+from sftd_server.artifacts.mirror import Mirror
 from sftd_server.clock import Clock
 from sftd_server.datafolder import StartRefused, require_local
 from sftd_server.errors import install_error_handlers
@@ -60,7 +62,7 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
     app.state.server = server
     app.add_middleware(Gate, server=server)
     install_error_handlers(app)
-    for part in (jobs_router, files_router, workers_router, keys, status, docs):
+    for part in (jobs_router, files_router, workers_router, artifacts_router, keys, status, docs):
         app.include_router(part.router)
     docs.describe(app)
     return app
@@ -78,7 +80,10 @@ async def running(server: Server) -> AsyncIterator[None]:
         await _finish_removals(server)
         reaper = Reaper(server)
         await reaper.begin()
-        beside = [asyncio.create_task(reaper.run(), name="reaper")]
+        beside = [
+            asyncio.create_task(reaper.run(), name="reaper"),
+            asyncio.create_task(Mirror(server).run(), name="mirror"),
+        ]
         if server.db.shared:
             beside.append(asyncio.create_task(server.keyring.follow(), name="keys"))
         try:
