@@ -246,6 +246,8 @@ class FakeServer:
             return 200, {}, {"want": self.want, "lease_seconds": self.lease_seconds, **self.directive}
         if call in self.streams:
             return self._append(call, body)
+        if call == "restore":  # there is no store behind this server
+            return 404, {}, {"error": {**_error("gone")["error"], "code": "file_gone"}}
         if call == "checkpoints":
             self.checkpoints.append({**body, "steps_before": self.steps()})
             return 200, {}, {"ok": True}

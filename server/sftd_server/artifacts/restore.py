@@ -46,8 +46,9 @@ class Restorer:
 
     def _bring(self, folder: str, files: dict[str, ManifestFile], manifest_sha256: str | None) -> None:
         target = self._shelf.data / folder
-        stage = target.parent / f".restore-{target.name}-{os.getpid()}"
-        trash = target.parent / f".trash-{target.name}"
+        mark = uuid4().hex[:12]  # another server, on another machine, may be at the same
+        stage = target.parent / f".restore-{target.name}-{mark}"
+        trash = target.parent / f".trash-{target.name}-{mark}"
         wanted = {name: file.sha256 for name, file in files.items()}
         if manifest_sha256 is not None:
             wanted[MANIFEST] = manifest_sha256
