@@ -79,8 +79,10 @@ class Mirror:
     async def run(self) -> None:
         """Mirror and sweep until cancelled. An error is logged and the loop goes on."""
         num_failures = 0
+        pause = self._server.settings.mirror_seconds
         try:
             while True:
+                await asyncio.sleep(pause)
                 try:
                     await self.tick()
                     num_failures = 0
@@ -92,7 +94,6 @@ class Mirror:
                         log.warning("the artifact store: %s; trying on", error, exc_info=not _expected(error))
                     pause = random.uniform(0.5, 1) * min(MOST_BACKOFF_SECONDS, 2.0 ** min(num_failures, 10))
                     num_failures += 1
-                await asyncio.sleep(pause)
         finally:
             self._stop.set()
 
