@@ -221,6 +221,18 @@ def test_a_reported_checkpoint_lies_where_a_shared_folder_has_it(box) -> None:
         assert box.admin.get(f"/jobs/{lease.job_id}/checkpoints/5/files/{name}").content == data
 
 
+def test_a_report_may_count_the_manifest_among_its_files(box) -> None:
+    """As the trainer does; the manifest itself does not."""
+    lease = box.running()
+    sent_checkpoint(lease, 5)
+    manifest = manifest_of(5, CONTENT)
+
+    answer = report(lease, 5, CONTENT, files=files_of({**CONTENT, "manifest.json": manifest}))
+    assert answer.status_code == 200, answer.text
+    assert box.admin.get(f"/jobs/{lease.job_id}/checkpoints/5/files/manifest.json").content == manifest
+    assert fetch(lease, "files/checkpoints/checkpoint-5/manifest.json").content == manifest
+
+
 def test_a_missing_blob_is_named_and_can_be_sent_again(box, assert_error) -> None:
     lease = box.running()
     sent_checkpoint(lease, 5)
