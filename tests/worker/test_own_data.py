@@ -1,16 +1,14 @@
 """A worker with a data folder of its own and the real server: fetched, sent, resumed elsewhere, whoever is killed."""
 
+import contextlib
 import hashlib
-import importlib.util
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -23,77 +21,39 @@ from sftd_worker.lease import LeaseKeeper
 from sftd_worker.outbox import Outbox
 from sftd_worker.transfer import ThroughServer
 
-HERE = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("with_server", HERE / "test_with_server.py")
-assert _spec
-assert _spec.loader
-with_server: Any = importlib.util.module_from_spec(_spec)  # its Box; a module of tests is no package
-_spec.loader.exec_module(with_server)
+if TYPE_CHECKING:
+    from conftest import Box
 
 LARGE_BYTES = 256 * 1024 * 1024  # 32 pieces: long enough to be killed in between
 
 
-class Box(with_server.Box):  # type: ignore[misc]  # loaded at run time
-    """The same, with workers that see nothing of the server's folder."""
-
-    def start_worker(self, name: str, **more: Any) -> "subprocess.Popen[bytes]":
-        settings = {
-            "server_url": f"http://127.0.0.1:{self.port}",
-            "data": str(self.folder / name),
-            "own_data": True,
-            "key": (self.data / "worker.key").read_text().strip(),
-            "worker_name": name,
-            "device": "cpu",
-            "warm": False,
-            "trainer_argv": [sys.executable, "-S", str(HERE / "scripted_trainer.py"), str(self.script)],
-            **more,
-        }
-        with (self.folder / f"{name}.log").open("ab") as log:
-            worker = subprocess.Popen(
-                [sys.executable, str(HERE / "run_worker.py"), json.dumps(settings)],
-                env=self._clean,
-                stderr=log,
-            )
-        self.processes.append(worker)
-        return worker
-
-    def restart_server(self) -> None:
-        self.server.kill()
-        self.server.wait()
-        self.start_server()
-
-    def part_inode(self, job_id: str) -> int:
-        (part,) = (self.data / "uploads" / job_id).glob("*.part")
-        return part.stat().st_ino
-
-    def part_bytes(self, job_id: str) -> int:
-        """How much of an unfinished upload the server has."""
-        return max(
-            (path.stat().st_size for path in (self.data / "uploads" / job_id).glob("*.part")), default=0
-        )
-
-    def check_checkpoint(self, job_id: str, step: int) -> None:
-        """The checkpoint of a step lies whole on the server, and downloads are what is on record."""
-        folder = self.data / "jobs" / job_id / "checkpoints" / f"checkpoint-{step}"
-        manifest = json.loads((folder / "manifest.json").read_text())
-        assert manifest["step"] == step
-        for name, file in manifest["files"].items():
-            content = (folder / name).read_bytes()
-            assert (len(content), hashlib.sha256(content).hexdigest()) == (file["bytes"], file["sha256"])
+def part_of(box: "Box", job_id: str) -> Path | None:
+    """An unfinished upload."""
+    return next((box.data / "uploads" / job_id).glob("*.part"), None)
 
 
-@pytest.fixture
-def box(tmp_path: Path) -> Iterator[Box]:
-    box = Box(tmp_path)
-    yield box
-    for process in box.processes:
-        process.kill()
-        process.wait()
+def part_bytes(box: "Box", job_id: str) -> int:
+    part = part_of(box, job_id)
+    with contextlib.suppress(FileNotFoundError):  # it has just become whole
+        return part.stat().st_size if part else 0
+    return 0
 
 
-def test_a_job_runs_without_the_servers_folder_and_its_downloads_are_right(box: Box, tmp_path: Path) -> None:
+def check_checkpoint(box: "Box", job_id: str, step: int) -> None:
+    """The checkpoint of a step lies whole on the server, every file as its manifest says."""
+    folder = box.job_folder(job_id) / "checkpoints" / f"checkpoint-{step}"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["step"] == step
+    for name, file in manifest["files"].items():
+        content = (folder / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (file["bytes"], file["sha256"])
+
+
+def test_a_job_runs_without_the_servers_folder_and_its_downloads_are_right(
+    box: "Box", tmp_path: Path
+) -> None:
     job_id = box.post(steps=60, step_seconds=0.02, checkpoint_every=10)
-    box.start_worker("one")
+    box.start_own_worker("one")
 
     job = box.client.jobs.wait(job_id, timeout_seconds=30)
 
@@ -101,7 +61,7 @@ def test_a_job_runs_without_the_servers_folder_and_its_downloads_are_right(box: 
     assert box.steps(job_id) == list(range(1, 61))
     assert [found.step for found in box.client.jobs.checkpoints(job_id)] == [10, 20, 30, 40, 50, 60]
     for step in (10, 60):
-        box.check_checkpoint(job_id, step)
+        check_checkpoint(box, job_id, step)
     written = box.client.jobs.download(job_id, tmp_path / "out")
     assert [path.read_text() for path in written if path.name == "model.txt"] == ["trained"]
     assert not (box.data / "jobs" / job_id / "logs").exists()  # nothing came by the folder
@@ -109,45 +69,47 @@ def test_a_job_runs_without_the_servers_folder_and_its_downloads_are_right(box: 
     assert sorted(path.name for path in here.iterdir()) == ["checkpoint-50", "checkpoint-60"]
 
 
-def test_the_server_is_killed_in_the_middle_of_an_upload(box: Box) -> None:
+def test_the_server_is_killed_in_the_middle_of_an_upload(box: "Box") -> None:
     """The next server goes on with the same part: what had come is not sent again."""
     job_id = box.post(steps=20, step_seconds=0.02, checkpoint_every=20, checkpoint_bytes=LARGE_BYTES)
-    box.start_worker("one")
-    box.until(lambda: 0 < box.part_bytes(job_id) < LARGE_BYTES, 20)
+    box.start_own_worker("one")
+    box.until(lambda: 0 < part_bytes(box, job_id) < LARGE_BYTES, 20)
     box.server.kill()
     box.server.wait()
-    had = box.part_bytes(job_id)
+    had = part_bytes(box, job_id)
     assert 0 < had < LARGE_BYTES
     box.start_server()
-    assert box.part_bytes(job_id) == had
-    part = box.part_inode(job_id)
+    assert part_bytes(box, job_id) == had
+    found = part_of(box, job_id)
+    assert found
+    part = found.stat().st_ino
 
     job = box.client.jobs.wait(job_id, timeout_seconds=40)
     assert (job.state, job.attempt) == ("succeeded", 1)
-    box.check_checkpoint(job_id, 20)
+    check_checkpoint(box, job_id, 20)
     weights = box.data / "jobs" / job_id / "checkpoints/checkpoint-20/adapter.safetensors"
     assert weights.stat().st_ino == part
 
 
-def test_a_killed_workers_job_goes_on_on_another_machine(box: Box) -> None:
+def test_a_killed_workers_job_goes_on_on_another_machine(box: "Box") -> None:
     job_id = box.post(steps=100, step_seconds=0.02, checkpoint_every=10)
-    first = box.start_worker("one")
+    first = box.start_own_worker("one")
     box.until(lambda: list(box.client.jobs.checkpoints(job_id)))
 
     first.kill()
-    box.start_worker("two")
+    box.start_own_worker("two")
     job = box.client.jobs.wait(job_id, timeout_seconds=40)
 
     assert job.attempt == 2
     assert box.steps(job_id) == list(range(1, 101))
     resumed = json.loads((box.folder / "two" / "jobs" / job_id / "job.json").read_text())["resume_from"]
     assert resumed.startswith(str(box.folder / "two"))
-    box.check_checkpoint(job_id, 100)
+    check_checkpoint(box, job_id, 100)
 
 
-def test_a_paused_job_is_on_record_and_goes_on_elsewhere(box: Box) -> None:
+def test_a_paused_job_is_on_record_and_goes_on_elsewhere(box: "Box") -> None:
     job_id = box.post(steps=200, step_seconds=0.02)
-    first = box.start_worker("one")
+    first = box.start_own_worker("one")
     box.until(lambda: len(box.steps(job_id)) > 5)
     box.client.jobs.pause(job_id)
     box.until(lambda: box.client.jobs.retrieve(job_id).state == "paused")
@@ -155,17 +117,17 @@ def test_a_paused_job_is_on_record_and_goes_on_elsewhere(box: Box) -> None:
     first.terminate()
     assert first.wait(10) == 0
 
-    box.start_worker("two")
+    box.start_own_worker("two")
     box.client.jobs.resume(job_id)
     box.client.jobs.wait(job_id, timeout_seconds=30)
     assert box.steps(job_id) == list(range(1, 201))
 
 
-def test_a_cancel_gives_up_what_is_being_sent(box: Box) -> None:
+def test_a_cancel_gives_up_what_is_being_sent(box: "Box") -> None:
     script = {"checkpoint_every": 5, "checkpoint_bytes": LARGE_BYTES}
     job_id = box.post(steps=10**6, step_seconds=0.02, **script)
-    box.start_worker("one")
-    box.until(lambda: box.part_bytes(job_id) > 0, 20)
+    box.start_own_worker("one")
+    box.until(lambda: part_bytes(box, job_id) > 0, 20)
 
     asked_at = time.monotonic()
     box.client.jobs.cancel(job_id)
@@ -173,15 +135,15 @@ def test_a_cancel_gives_up_what_is_being_sent(box: Box) -> None:
     assert time.monotonic() - asked_at < 8
 
 
-def test_a_folder_that_belongs_to_a_server_is_refused_as_ones_own(box: Box) -> None:
-    worker = box.start_worker("one", data=str(box.data))
+def test_a_folder_that_belongs_to_a_server_is_refused_as_ones_own(box: "Box") -> None:
+    worker = box.start_own_worker("one", data=str(box.data))
 
     assert worker.wait(15) == 1
     assert "leave --own-data away" in (box.folder / "one.log").read_text()
 
 
-def test_an_empty_folder_without_the_flag_is_refused_and_the_flag_is_named(box: Box) -> None:
-    worker = box.start_worker("one", own_data=False)
+def test_an_empty_folder_without_the_flag_is_refused_and_the_flag_is_named(box: "Box") -> None:
+    worker = box.start_own_worker("one", own_data=False)
 
     assert worker.wait(15) == 1
     assert "--own-data" in (box.folder / "one.log").read_text()

@@ -1,24 +1,20 @@
 """The copy in S3 with a real server and real workers: killed while it is made, and what is resumed and downloaded from it."""
 
 import hashlib
-import importlib.util
 import json
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-HERE = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("own_data", HERE / "test_own_data.py")
-assert _spec
-assert _spec.loader
-own_data: Any = importlib.util.module_from_spec(_spec)  # its Box; a module of tests is no package
-_spec.loader.exec_module(own_data)
+if TYPE_CHECKING:
+    from conftest import Box
 
 LARGE_BYTES = 400 * 1024 * 1024  # 25 parts: long enough to be killed in between
 
@@ -67,15 +63,11 @@ def bucket(moto: str) -> Bucket:
 
 
 @pytest.fixture
-def box(tmp_path: Path, bucket: Bucket) -> Iterator[Any]:
-    box = own_data.Box(tmp_path, **bucket.environment)
-    yield box
-    for process in box.processes:
-        process.kill()
-        process.wait()
+def server_settings(bucket: Bucket) -> dict[str, str]:
+    return bucket.environment
 
 
-def paused_with_checkpoints(box: Any, bucket: Bucket, worker: Any) -> tuple[str, list[str]]:
+def paused_with_checkpoints(box: "Box", bucket: Bucket, worker: Any) -> tuple[str, list[str]]:
     """A job that has been put aside, and all of its checkpoints in the store; its worker has stopped."""
     job_id = box.post(steps=120, step_seconds=0.02, checkpoint_every=20)
     process = worker()
@@ -90,13 +82,9 @@ def paused_with_checkpoints(box: Any, bucket: Bucket, worker: Any) -> tuple[str,
     return job_id, names
 
 
-def shared(box: Any, name: str) -> Any:
-    return box.start_worker(name, data=str(box.data), own_data=False)
-
-
-def test_a_server_killed_while_it_sends_a_large_file_sends_it_again(box: Any, bucket: Bucket) -> None:
-    job_id = box.post(steps=5, checkpoint_every=5, weights_bytes=LARGE_BYTES)
-    shared(box, "one")
+def test_a_server_killed_while_it_sends_a_large_file_sends_it_again(box: "Box", bucket: Bucket) -> None:
+    job_id = box.post(steps=5, checkpoint_every=5, checkpoint_bytes=LARGE_BYTES)
+    box.start_worker("one")
     box.until(bucket.num_under_way, 60)
     box.server.kill()
     box.server.wait()
@@ -112,14 +100,14 @@ def test_a_server_killed_while_it_sends_a_large_file_sends_it_again(box: Any, bu
     assert box.client.jobs.wait(job_id, timeout_seconds=20).state == "succeeded"
 
 
-def test_a_job_is_resumed_from_the_store_on_a_box_whose_folder_was_lost(box: Any, bucket: Bucket) -> None:
-    job_id, names = paused_with_checkpoints(box, bucket, lambda: shared(box, "one"))
+def test_a_job_is_resumed_from_the_store_on_a_box_whose_folder_was_lost(box: "Box", bucket: Bucket) -> None:
+    job_id, names = paused_with_checkpoints(box, bucket, lambda: box.start_worker("one"))
     shutil.rmtree(box.data / "jobs" / job_id)
     shutil.rmtree(box.data / "blobs")
     (box.data / "blobs" / "sha256").mkdir(parents=True)
 
     box.client.jobs.resume(job_id)
-    shared(box, "two")
+    box.start_worker("two")
     job = box.client.jobs.wait(job_id, timeout_seconds=40)
 
     assert job.state == "succeeded"
@@ -129,12 +117,12 @@ def test_a_job_is_resumed_from_the_store_on_a_box_whose_folder_was_lost(box: Any
     assert "checkpoint_corrupt" not in [event.type for event in box.client.jobs.events(job_id)]
 
 
-def test_a_worker_of_its_own_folder_resumes_from_the_store(box: Any, bucket: Bucket) -> None:
-    job_id, names = paused_with_checkpoints(box, bucket, lambda: box.start_worker("one"))
+def test_a_worker_of_its_own_folder_resumes_from_the_store(box: "Box", bucket: Bucket) -> None:
+    job_id, names = paused_with_checkpoints(box, bucket, lambda: box.start_own_worker("one"))
     shutil.rmtree(box.data / "jobs" / job_id)
 
     box.client.jobs.resume(job_id)
-    box.start_worker("two")
+    box.start_own_worker("two")
     box.client.jobs.wait(job_id, timeout_seconds=40)
 
     assert box.steps(job_id) == list(range(1, 121))
@@ -142,16 +130,14 @@ def test_a_worker_of_its_own_folder_resumes_from_the_store(box: Any, bucket: Buc
     assert Path(resumed).name == names[-1]
 
 
-def test_a_checkpoint_is_downloaded_from_the_store(box: Any, bucket: Bucket, tmp_path: Path) -> None:
-    job_id, _ = paused_with_checkpoints(box, bucket, lambda: box.start_worker("one"))
+def test_a_checkpoint_is_downloaded_from_the_store(box: "Box", bucket: Bucket, tmp_path: Path) -> None:
+    job_id, _ = paused_with_checkpoints(box, bucket, lambda: box.start_own_worker("one"))
     shutil.rmtree(box.data / "jobs" / job_id)
 
     written = box.client.jobs.download_checkpoint(job_id, tmp_path / "out", step=20)
     assert [path.read_text() for path in written] == ["weights of step 20"]
 
 
-def _rows(box: Any, query: str) -> list[tuple[Any, ...]]:
-    import sqlite3
-
+def _rows(box: "Box", query: str) -> list[tuple[Any, ...]]:
     with sqlite3.connect(f"file:{box.data / 'sftd.db'}?mode=ro", uri=True) as connection:
         return connection.execute(query).fetchall()
