@@ -147,6 +147,28 @@ class Transport:
 
         return self._with_retries(send, self._max_retries)
 
+    def put_piece(
+        self,
+        path: str,
+        piece: bytes,
+        *,
+        params: Params,
+        headers: Mapping[str, str],
+        timeout_seconds: float,
+    ) -> Reply:
+        """Send a piece of something large. Not retried; 308 is an answer here: so far, go on."""
+
+        def send() -> httpx.Response:
+            return self._http.put(
+                path,
+                params=_without_none(params),
+                content=piece,
+                headers={**headers, "Content-Type": "application/octet-stream"},
+                timeout=_timeouts(timeout_seconds),
+            )
+
+        return self._once(send, goes_on=308)
+
     @contextmanager
     def stream(
         self,
@@ -183,12 +205,12 @@ class Transport:
             self._pause(pause)
         raise AssertionError("unreachable: the last try returns or raises")
 
-    def _once(self, send: Callable[[], httpx.Response]) -> Reply:
+    def _once(self, send: Callable[[], httpx.Response], *, goes_on: int | None = None) -> Reply:
         try:
             response = send()
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _connection_failed(error, self.url) from error
-        if not response.is_success:
+        if not response.is_success and response.status_code != goes_on:
             raise _error_of(response)
         return Reply(response.status_code, response.headers, response.content)
 

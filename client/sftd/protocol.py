@@ -20,6 +20,7 @@ MAX_LOG_LINES = 5000  # log lines in one batch
 MAX_LOG_BYTES = 256 * 1024  # body of one log batch
 MAX_LINE_CHARS = 8192  # a longer log line is cut and marked
 MAX_METRIC_NAMES = 1000  # distinct metric names in one job
+PIECE_BYTES = 8 * 1024 * 1024  # of a blob, in one PUT; within the server's limit on a worker's body
 
 Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,128}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -241,6 +242,28 @@ class Release(Message):
     attempt: int
     message: str = Field(max_length=1024)
     reason: Literal["stopping", "preempted", "gpu_lost", "busy", "wanted_again"] = "stopping"
+
+
+class FolderFiles(Reply):
+    """`GET /worker/jobs/{id}/files/{kind}/{name}`: what a checkpoint or result holds, for a worker that fetches it."""
+
+    files: dict[ArtifactPath, ManifestFile]
+    manifest_sha256: Sha256 | None  # of manifest.json; None: a result, which has none
+
+
+class Restore(Message):
+    """`POST /worker/jobs/{id}/restore`: something that the job reads is not in the shared data folder."""
+
+    attempt: int
+    kind: Literal["inputs", "checkpoints", "results"]
+    name: FileName  # the input's hash, the checkpoint's name, or `results`
+    of: Identifier | None = None  # the job that wrote it; None: this one
+
+
+class Restored(Reply):
+    """Answer to Restore. Not ready: the server is at it, ask again."""
+
+    ready: bool
 
 
 class Ok(Reply):

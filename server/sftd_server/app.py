@@ -24,6 +24,8 @@ from sqlalchemy.exc import DBAPIError
 import sftd
 from sftd.discovery import remember_server
 from sftd_server import docs, installation, keys, migrations, status, storage
+from sftd_server.artifacts import router as artifacts_router
+from sftd_server.artifacts.mirror import Mirror
 from sftd_server.clock import Clock
 from sftd_server.datafolder import StartRefused, require_local
 from sftd_server.errors import install_error_handlers
@@ -63,7 +65,7 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
     app.state.server = server
     app.add_middleware(Gate, server=server)
     install_error_handlers(app)
-    for part in (jobs_router, files_router, workers_router, keys, status, storage, docs):
+    for part in (jobs_router, files_router, workers_router, artifacts_router, keys, status, storage, docs):
         app.include_router(part.router)
     docs.describe(app)
     return app
@@ -87,6 +89,7 @@ async def running(server: Server) -> AsyncIterator[Janitor]:
             asyncio.create_task(reaper.run(), name="reaper"),
             asyncio.create_task(Upkeep(server).run(), name="upkeep"),
             asyncio.create_task(janitor.run(), name="janitor"),
+            asyncio.create_task(Mirror(server).run(), name="mirror"),
         ]
         if server.db.shared:
             beside.append(asyncio.create_task(server.keyring.follow(), name="keys"))

@@ -1,7 +1,7 @@
 """The data folder: what lies where, who may read it, and one server at a time.
 
 sftd.db  admin.key  worker.key  installation.id  (server.secret: of older installations)
-blobs/sha256/<2>/<sha>  jobs/<id>/  models/  locks/  cache/  tmp/
+blobs/sha256/<2>/<sha>  jobs/<id>/  models/  uploads/<id>/  locks/  cache/  tmp/
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-_FOLDERS = ("blobs/sha256", "jobs", "models", "locks", "cache", "tmp")
+_FOLDERS = ("blobs/sha256", "jobs", "models", "uploads", "locks", "cache", "tmp")
 
 
 _NETWORK_TYPES = {
@@ -81,6 +81,10 @@ class DataFolder:
     @property
     def tmp(self) -> Path:
         return self.path / "tmp"
+
+    @property
+    def uploads(self) -> Path:
+        return self.path / "uploads"
 
     def blob_name(self, sha256: str) -> str:
         """Where a blob lies, relative to the data folder."""

@@ -11,6 +11,10 @@ from fastapi import Request
 from sqlalchemy import text
 from sqlmodel import Session
 
+from sftd_server.artifacts.restore import Restorer
+from sftd_server.artifacts.shelf import Shelf
+from sftd_server.artifacts.store import open_store
+from sftd_server.artifacts.uploads import Uploads
 from sftd_server.auth import Keyring
 from sftd_server.ballast import DiskRoom
 from sftd_server.clock import Clock, DatabaseClock
@@ -37,6 +41,10 @@ class Server:
         self.installation_id = ""
         # Held while a blob and its row appear or go together.
         self.file_changes = FolderLock(self.folder.path / "locks" / "files.lock", shared=self.db.shared)
+        self.store = open_store(settings)  # a copy of all files, such as in S3; None: there is none
+        self.shelf = Shelf(settings.data, self.store)
+        self.uploads = Uploads(self.folder, settings)
+        self.restorer = Restorer(self.shelf, self.uploads)
         self._stopping = False
         self._background: set[asyncio.Task[None]] = set()
 

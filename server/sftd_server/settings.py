@@ -3,10 +3,12 @@
 Every field can be set by the environment variable `SFTD_` + its name in capitals; docs/operations.md lists them all.
 """
 
+import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -91,6 +93,23 @@ class Settings(BaseModel):
     )
     reap_seconds: float = Field(1, gt=0, description="How often expired leases are looked for.")
     keepalive_seconds: float = Field(15, gt=0, description="A silent event stream sends a comment so often.")
+    max_blob_bytes: int = Field(
+        128 * 1024**3, ge=1, description="Largest file that a worker without the shared folder may upload."
+    )
+    max_uploads_bytes: int = Field(
+        256 * 1024**3, ge=1, description="Most that uploads of one job may take before they are put in place."
+    )
+    artifacts_url: str = Field(
+        "",
+        description="Where a copy of all files is kept: `s3://bucket/prefix` or `file:///folder`. Default: nowhere.",
+    )
+    artifacts_options: SecretStr = Field(
+        SecretStr(""),
+        description='Options of its file system as JSON, such as {"endpoint_url": "http://…"}. Keys: AWS_ACCESS_KEY_ID, ….',
+    )
+    mirror_seconds: float = Field(
+        5, gt=0, description="How often files are looked for that the store does not hold yet."
+    )
     stop_seconds: float = Field(5, gt=0, description="How long open requests may take to end when stopping.")
     keep_checkpoints: int = Field(
         3, ge=1, description="Newest checkpoints of a job that are kept, where its spec does not say."
@@ -131,6 +150,27 @@ class Settings(BaseModel):
     def _is_a_database(cls, value: str) -> str:
         if value and is_shared(value) and find_spec("psycopg") is None:
             raise ValueError('PostgreSQL needs psycopg: pip install "sftd[postgres]"')
+        return value
+
+    @field_validator("artifacts_url")
+    @classmethod
+    def _store_is_known(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if not value or (parts.scheme == "file" and not parts.netloc and len(parts.path) > 1):
+            return value
+        if parts.scheme != "s3" or not parts.netloc:
+            raise ValueError("must be s3://bucket/prefix or file:///folder")
+        return value
+
+    @field_validator("artifacts_options")
+    @classmethod
+    def _options_are_json(cls, value: SecretStr) -> SecretStr:
+        try:
+            options = json.loads(value.get_secret_value() or "{}")
+        except ValueError:
+            options = None
+        if not isinstance(options, dict):
+            raise ValueError('must be a JSON object, such as {"endpoint_url": "http://127.0.0.1:9000"}')
         return value
 
     @field_validator("admin_key")

@@ -9,7 +9,16 @@ import pytest
 
 API = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
 SOURCE = Path(__file__).parents[2] / "server" / "sftd_server"
-UNKNOWN = {"job_id": "job_nope", "file_id": "file_nope", "key_id": "key_nope", "step": "1", "name": "x"}
+UNKNOWN = {
+    "job_id": "job_nope",
+    "file_id": "file_nope",
+    "key_id": "key_nope",
+    "step": "1",
+    "name": "x",
+    "sha256": "ab" * 32,
+    "kind": "results",
+    "path": "x",
+}
 UNKNOWN["worker_id"] = "worker_nope"
 BODIES = {
     "/jobs/{job_id}/move": {"position": "first"},

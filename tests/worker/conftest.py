@@ -246,6 +246,8 @@ class FakeServer:
             return 200, {}, {"want": self.want, "lease_seconds": self.lease_seconds, **self.directive}
         if call in self.streams:
             return self._append(call, body)
+        if call == "restore":  # there is no store behind this server
+            return 404, {}, {"error": {**_error("gone")["error"], "code": "file_gone"}}
         if call == "checkpoints":
             self.checkpoints.append({**body, "steps_before": self.steps()})
             return 200, {}, {"ok": True}
@@ -324,10 +326,11 @@ class WorkerProcess:
 class Box:
     """The real server and workers as processes that a test kills and starts again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, server_settings: dict[str, str] | None = None) -> None:
         self.data = folder / "data"
         self.folder = folder
         self.lease_seconds = 2
+        self.server_settings = server_settings or {}  # more of its environment
         self.script = folder / "script.json"
         self._scripts: dict[str, Any] = {}  # by the job's name
         with socket.socket() as free:
@@ -347,6 +350,7 @@ class Box:
             "SFTD_REAP_SECONDS": "0.2",
             "SFTD_BACKOFF_SECONDS": "0",
             "XDG_STATE_HOME": str(self.folder / "state"),
+            **self.server_settings,
         }
         self.server = subprocess.Popen(
             [sys.executable, "-m", "sftd_server.app"], env=environment, stdout=subprocess.PIPE
@@ -385,6 +389,13 @@ class Box:
         self.processes.append(worker)
         return worker
 
+    def start_own_worker(self, name: str, **more: Any) -> subprocess.Popen[bytes]:
+        """A worker that sees nothing of the server's folder: its own is called like it."""
+        key = (self.data / "worker.key").read_text().strip()
+        return self.start_worker(
+            name, **{"data": str(self.folder / name), "own_data": True, "key": key, **more}
+        )
+
     def post(self, *, name: str | None = None, gpus: int = 1, **script: Any) -> str:
         """A job, and what its trainer does. Jobs that run side by side have names, and a script each."""
         if name is not None:
@@ -421,8 +432,14 @@ class Box:
 
 
 @pytest.fixture
-def box(tmp_path: Path) -> Iterator[Box]:
-    box = Box(tmp_path)
+def server_settings() -> dict[str, str]:
+    """Variables of the server's environment; a module may have others."""
+    return {}
+
+
+@pytest.fixture
+def box(tmp_path: Path, server_settings: dict[str, str]) -> Iterator[Box]:
+    box = Box(tmp_path, server_settings)
     yield box
     for process in box.processes:
         process.kill()

@@ -63,6 +63,8 @@ def run(settings: WorkerSettings) -> int:
     )
     adopt_orphans()
     _listen_for_stop(worker)
+    if settings.own_data:
+        settings.data.mkdir(parents=True, exist_ok=True)
     name = NameLock(settings.data, settings.worker_name, worker.boot_id)
     if settings.alive_file is not None:
         settings.alive_file.unlink(missing_ok=True)  # an earlier worker's says nothing about this one
@@ -214,6 +216,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--server", dest="server_url", help="address of the server [SFTD_SERVER_URL]")
     parser.add_argument("--data", help="the server's data folder [SFTD_DATA]")
+    parser.add_argument(
+        "--own-data",
+        action=argparse.BooleanOptionalAction,
+        help="the data folder is this worker's own: files go through the server [SFTD_OWN_DATA]",
+    )
     parser.add_argument("--name", dest="worker_name", help="name of this worker [SFTD_WORKER_NAME]")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], help="what to train on [SFTD_DEVICE]")
     parser.add_argument("--gpus", type=int, help="use so many GPUs or CPU processes [SFTD_GPUS]")

@@ -7,6 +7,7 @@ attempt looks at all of them again.
 """
 
 import errno
+import functools
 import logging
 import os
 import re
@@ -35,6 +36,7 @@ from sftd_worker.outbox import Fenced, Outbox, Refused
 from sftd_worker.process import Order, Trainer, secrets_of, trainer_environment
 from sftd_worker.shipper import TAIL_LINES, Shipper, cut, scrubbed
 from sftd_worker.spool import Spool
+from sftd_worker.transfer import transfer_of
 from sftd_worker.watch import Watch
 from sftd_worker.worker import Bell, Worker
 
@@ -94,6 +96,7 @@ class _Attempt:
             on_news=self._on_news,
         )
         self.outbox = Outbox(worker.transport, self.keeper)
+        self.transfer = transfer_of(self.settings, worker.transport, self.outbox, self.keeper)
         self.locks = Locks()
         self.gpus: tuple[Gpu, ...] = ()  # that the trainer was given
         self.threads = worker.threads
@@ -105,7 +108,7 @@ class _Attempt:
         """The attempt itself. Returns the last call to make, or None if the lease is lost: then nothing is published."""
         try:
             self._await_first_answer()
-            prepared = prepare(self.lease, self.settings, check=self._check)
+            prepared = prepare(self.lease, self.settings, check=self._check, transfer=self.transfer)
             folder = job_folder(self.settings.data, self.lease)
             if not self._take_locks(folder):
                 return self._release("An earlier trainer still holds the device or the job's folder.", "busy")
@@ -129,10 +132,15 @@ class _Attempt:
     def say_last(self, call: Finish | Release) -> None:
         """Send the last call until it is answered, the lease is lost, or a stopped worker has to go."""
         since = time.monotonic()
-        name, what = ("finish", call.state) if isinstance(call, Finish) else ("release", "released")
+        what = call.state if isinstance(call, Finish) else "released"
         where = f"{self.lease.job_id}, attempt {self.lease.attempt}"
         try:
-            self.outbox.send(name, call, pause=self.bell.wait, given_up=lambda: self._out_of_patience(since))
+            send = functools.partial(
+                self.outbox.send,
+                pause=self.bell.wait,
+                given_up=lambda: self._out_of_patience(since),
+            )
+            self.transfer.say_last(call, send)
             log.info("%s: %s", where, what)
         except Fenced as fenced:
             log.warning("%s: %s was not heard (%s)", where, what, fenced)
@@ -246,6 +254,7 @@ class _Attempt:
             secrets=self.secrets,
             first=prepared.corrupt,
             on_done=self.bell.ring,
+            transfer=self.transfer,
         )
         shipper.start()
         ended_at: float | None = None  # when its last word came by

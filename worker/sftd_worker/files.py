@@ -4,6 +4,7 @@
 ever handed to a trainer.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -26,6 +28,9 @@ from sftd.protocol import (
 )
 from sftd.schemas import FailureReason, ManifestFile
 from sftd_worker.settings import WorkerSettings
+
+if TYPE_CHECKING:  # which imports this module
+    from sftd_worker.transfer import Transfer
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 4 * 1024 * 1024
@@ -66,14 +71,18 @@ def job_folder(data: Path, lease: Lease) -> Path:
     return folder
 
 
-def prepare(lease: Lease, settings: WorkerSettings, *, check: Check) -> Prepared:
-    """Verify everything the job reads. Raises PrepareFailed."""
+def prepare(
+    lease: Lease, settings: WorkerSettings, *, check: Check, transfer: "Transfer | None" = None
+) -> Prepared:
+    """Bring what is missing, and verify everything the job reads. Raises PrepareFailed."""
     data = settings.data
     folder = job_folder(data, lease)
+    if transfer is not None:
+        _bring(lease, transfer, check)
     training = _verified_input(data, lease.training_file, check)
     validation = _verified_input(data, lease.validation_file, check) if lease.validation_file else None
     model, adapter = _base_model(lease.spec.base_model, lease.base, settings)
-    resume_from, corrupt, notices = _checkpoint(lease, data, folder, check)
+    resume_from, corrupt, notices = _checkpoint(lease, data, check, transfer)
     job = TrainerJob(
         job_id=lease.job_id,
         attempt=lease.attempt,
@@ -105,6 +114,15 @@ def write_job(job: TrainerJob) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / TRAINER_JOB_FILE)
+
+
+def _bring(lease: Lease, transfer: "Transfer", check: Check) -> None:
+    for file in (lease.training_file, lease.validation_file):
+        if file is not None:
+            transfer.bring_input(file, check)
+    if lease.base is not None:
+        for path in dict.fromkeys([lease.base.path, lease.base.base_model]):
+            transfer.bring_base(path, check)
 
 
 # ---------------------------------------------------------------- input files
@@ -175,19 +193,19 @@ def _model(name: str, settings: WorkerSettings) -> str:
 
 
 def _checkpoint(
-    lease: Lease, data: Path, folder: Path, check: Check
+    lease: Lease, data: Path, check: Check, transfer: "Transfer | None"
 ) -> tuple[Path | None, list[CheckpointReport], list[str]]:
     """The newest checkpoint that verifies, and a report and a notice for each newer one that does not."""
     corrupt: list[CheckpointReport] = []
     broken: list[str] = []
     for ref in lease.checkpoints:
         try:
-            # A job that tries another again begins with that one's checkpoints.
-            whose = folder if ref.folder is None else _below(data, ref.folder)
-            path = _verified_checkpoint(whose, ref, check)
+            path = _brought_checkpoint(lease, data, ref, check, transfer)
             notices = [f"{what}; the run goes on from {ref.name}. Check the disk." for what in broken]
             return path, corrupt, notices
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # nothing is wrong with the checkpoint: there was no room to fetch it
             broken.append(f"{ref.name} is damaged ({error}) and is not used")
             corrupt.append(
                 CheckpointReport(
@@ -205,6 +223,19 @@ def _checkpoint(
             f"None of the {len(corrupt)} recorded checkpoints verifies. {broken[0]}.",
         )
     return None, corrupt, []
+
+
+def _brought_checkpoint(
+    lease: Lease, data: Path, ref: CheckpointRef, check: Check, transfer: "Transfer | None"
+) -> Path:
+    """A checkpoint that verifies, brought again if the one that is here does not. Raises ValueError or OSError."""
+    folder = _below(data, ref.folder or lease.folder)  # of the job that this one tries again, perhaps
+    try:
+        return _verified_checkpoint(folder, ref, check)
+    except (OSError, ValueError):
+        if transfer is None or not transfer.bring_checkpoint(ref, check):
+            raise
+    return _verified_checkpoint(folder, ref, check)
 
 
 def _verified_checkpoint(job: Path, ref: CheckpointRef, check: Check) -> Path:

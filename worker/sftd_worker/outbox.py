@@ -4,6 +4,7 @@ import enum
 import logging
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -25,6 +26,7 @@ from sftd_worker.lease import LeaseKeeper
 
 log = logging.getLogger("sftd.worker")
 
+T = TypeVar("T")
 CALL_TIMEOUT_SECONDS = 20.0
 
 
@@ -40,7 +42,9 @@ class Verdict(enum.Enum):
 def decide(error: SftdError) -> Verdict:
     """The worker's one rule for failed calls (worker protocol, section 4)."""
     match error:
-        case Conflict(code="checkpoint_backwards" | "wrong_state"):
+        case Conflict(code="checkpoint_backwards" | "wrong_state" | "file_changed"):
+            return Verdict.DROP
+        case NotFound(code="file_gone" | "unknown_file" | "unknown_checkpoint" | "unknown_route"):
             return Verdict.DROP
         case Conflict() | NotFound():
             return Verdict.FENCED
@@ -83,12 +87,23 @@ class Outbox:
         given_up: Callable[[], bool] | None = None,
     ) -> bytes:
         """Send one call. Raises SequenceGap, Refused, or Fenced. The main thread brings its own way to wait."""
+        return self.keep_trying(call, lambda: self._once(call, body), pause=pause, given_up=given_up)
+
+    def keep_trying(
+        self,
+        call: str,
+        once: Callable[[], T],
+        *,
+        pause: Callable[[float], object] | None = None,
+        given_up: Callable[[], bool] | None = None,
+    ) -> T:
+        """Make a call of this attempt until it is answered; as `send`."""
         pause = pause or self._called_off.wait
         given_up = given_up or self._called_off.is_set
         num_failures = 0
         while self._keeper.still_held() and not given_up():
             try:
-                return self._once(call, body)
+                return once()
             except SftdError as error:
                 verdict = decide(error)
                 if verdict is Verdict.REWIND:

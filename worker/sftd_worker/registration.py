@@ -22,6 +22,7 @@ from sftd.errors import ApiError, ConnectionFailed, ServerError, SftdError, Thro
 from sftd.protocol import PROTOCOL, Hello, Welcome
 from sftd_worker.gpus import Locks
 from sftd_worker.lease import UPGRADE_REQUIRED
+from sftd_worker.settings import WorkerSettings
 from sftd_worker.worker import Worker
 
 log = logging.getLogger("sftd.worker")
@@ -115,7 +116,7 @@ def register(worker: Worker, name: NameLock, *, pause: Callable[[float], object]
         except ApiError as error:
             raise refused(error, "The server does not accept this worker") from error
         welcome = reply.parse(Welcome)
-        check_data_folder(worker.settings.data, hello.installation_id, welcome.installation_id)
+        check_data_folder(worker.settings, welcome.installation_id)
         worker.refused_means_down = welcome.refused_means_down
         name.note()
         slots = f"{hello.gpus} {hello.device} slot(s)"
@@ -123,12 +124,21 @@ def register(worker: Worker, name: NameLock, *, pause: Callable[[float], object]
         return
 
 
-def check_data_folder(data: Path, ours: str | None, theirs: str) -> None:
-    """Both sides must mean the same data folder: the one place that decides what a worker without it may do."""
+def check_data_folder(settings: WorkerSettings, theirs: str) -> None:
+    """Both sides must mean the same data folder, unless the worker has one of its own: the one place that decides it."""
+    data, ours = settings.data, _read_installation_id(settings.data)
+    if settings.own_data:
+        if ours is not None:
+            raise CannotWork(
+                f"{data} is a server's data folder; a worker with --own-data needs an empty one. Give --data another"
+                " folder, or leave --own-data away."
+            )
+        return
     if ours is None:
         raise CannotWork(
             f"{data / 'installation.id'} is not there: this is not the server's data folder. Give --data that folder;"
-            " worker and server must share it, on one machine or on one volume."
+            " worker and server must share it, on one machine or on one volume. A worker without it fetches and sends"
+            " everything through the server: --own-data, with an empty folder."
         )
     if ours != theirs:
         raise CannotWork(
@@ -166,7 +176,7 @@ def pause_seconds(error: SftdError, num_failures: int) -> float:
 
 
 def _hello(worker: Worker, name: NameLock) -> Hello:
-    devices = worker.devices
+    devices, own_data = worker.devices, worker.settings.own_data
     return Hello(
         worker_id=worker.settings.worker_name,
         boot_id=worker.boot_id,
@@ -174,7 +184,7 @@ def _hello(worker: Worker, name: NameLock) -> Hello:
         device=devices.kind,
         labels=worker.settings.labels,
         versions=_versions(),
-        installation_id=_read_installation_id(worker.settings.data),
+        installation_id=None if own_data else _read_installation_id(worker.settings.data),
         protocol=PROTOCOL,
         replaces_boot_id=name.replaces,
         gpu_memory_gb=devices.gpu_memory_gb,

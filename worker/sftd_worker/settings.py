@@ -39,6 +39,10 @@ class WorkerSettings(BaseModel):
         Path("~/.local/share/sftd"),
         description="The server's data folder: on this machine, or a shared volume.",
     )
+    own_data: bool = Field(
+        False,
+        description="The data folder is this worker's own, empty at first: it fetches and sends files through the server.",
+    )
     key: SecretStr | None = Field(
         None, description="The worker's key. Default: what stands in worker.key in the data folder."
     )

@@ -38,6 +38,7 @@ from sftd.protocol import (
 from sftd_worker.lease import LeaseKeeper
 from sftd_worker.outbox import Fenced, Outbox, Refused
 from sftd_worker.spool import Spool
+from sftd_worker.transfer import SharedFolder, Transfer
 
 log = logging.getLogger("sftd.worker")
 
@@ -70,6 +71,7 @@ class Shipper:
         secrets: Sequence[str],
         first: Sequence[CheckpointReport],
         on_done: Callable[[], None],
+        transfer: Transfer | None = None,
     ) -> None:
         self.error: str | None = None
         self.done = threading.Event()
@@ -78,6 +80,7 @@ class Shipper:
         self._spool = spool
         self._outbox = outbox
         self._keeper = keeper
+        self._transfer = transfer or SharedFolder(outbox, data=folder, keeper=keeper)
         self._rejected = folder / REJECTED_FILE
         self._secrets = secrets
         self._first = first
@@ -103,6 +106,7 @@ class Shipper:
             for report in self._first:
                 self._report(report)
             self._follow()
+            self._transfer.drain()
         except Fenced:
             pass  # the attempt knows by the lease itself
         except Exception as error:  # the edge of a thread: the attempt must hear of it
@@ -234,10 +238,7 @@ class Shipper:
         return None
 
     def _report(self, report: CheckpointReport) -> None:
-        try:
-            self._outbox.send("checkpoints", report)
-        except Refused as refused:
-            self._record("checkpoint", str(refused), report)
+        self._transfer.report(report, on_refused=lambda why: self._record("checkpoint", why, report))
 
     def _record(self, kind: str, why: str, item: Item | TrainerLine | CheckpointReport) -> None:
         """Keep what the server will not take, for whoever looks into it."""

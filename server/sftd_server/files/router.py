@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from sftd.schemas import File, Page
+from sftd.schemas import File, ManifestFile, Page
 from sftd_server.auth import Caller, caller_of
 from sftd_server.errors import error_responses
 from sftd_server.files import store
@@ -82,7 +82,9 @@ async def retrieve(file_id: FileId, server: ServerDep) -> File:
 async def content(file_id: FileId, server: ServerDep) -> Response:
     """The file as it was uploaded."""
     found = await server.db.read(lambda session: store.file(session, file_id))
-    return plain_file(server.folder.path / server.folder.blob_name(found.sha256), found.filename)
+    folder, _, name = server.folder.blob_name(found.sha256).rpartition("/")
+    file = ManifestFile(bytes=found.bytes, sha256=found.sha256)
+    return await server.uploads.in_thread(plain_file, server.shelf, folder, name, file, found.filename)
 
 
 @router.delete("/{file_id}", status_code=204, responses=error_responses(404, 409))

@@ -415,11 +415,8 @@ async def list_evaluations(job_id: JobId, server: ServerDep) -> Page[Evaluation]
 )
 async def checkpoint_file(job_id: JobId, step: Step, name: str, server: ServerDep) -> Response:
     """One file of a checkpoint, by its name in the checkpoint's `files`."""
-    return await server.db.read(
-        lambda session: downloads.one_file(
-            server.folder.path, queries.checkpoint_files(session, job_id, step), name
-        )
-    )
+    stored = await server.db.read(lambda session: queries.checkpoint_files(session, job_id, step))
+    return await server.uploads.in_thread(downloads.one_file, server.shelf, stored, name)
 
 
 @router.get(
@@ -429,9 +426,8 @@ async def checkpoint_file(job_id: JobId, step: Step, name: str, server: ServerDe
 )
 async def result_file(job_id: JobId, name: str, server: ServerDep) -> Response:
     """One file of the result."""
-    return await server.db.read(
-        lambda session: downloads.one_file(server.folder.path, queries.result_files(session, job_id), name)
-    )
+    stored = await server.db.read(lambda session: queries.result_files(session, job_id))
+    return await server.uploads.in_thread(downloads.one_file, server.shelf, stored, name)
 
 
 @router.get(
@@ -444,9 +440,8 @@ async def result_file(job_id: JobId, name: str, server: ServerDep) -> Response:
 )
 async def archive(job_id: JobId, server: ServerDep) -> Response:
     """The result as a tar, streamed; 409 while there is none."""
-    return await server.db.read(
-        lambda session: downloads.archive(server.folder.path, queries.result_files(session, job_id), job_id)
-    )
+    stored = await server.db.read(lambda session: queries.result_files(session, job_id))
+    return await server.uploads.in_thread(downloads.archive, server.shelf, stored, job_id)
 
 
 Steering = Callable[[Session, str, Caller, datetime], None]
