@@ -15,7 +15,9 @@ from sftd_server.auth import Keyring
 from sftd_server.clock import Clock, DatabaseClock
 from sftd_server.datafolder import DataFolder, FolderLock
 from sftd_server.db import Database
+from sftd_server.hosts import Hosts
 from sftd_server.settings import Settings
+from sftd_server.throttle import Throttle
 
 T = TypeVar("T")
 MAX_LOOK_SECONDS = 1.0  # a look at the clock that took longer says too little
@@ -30,6 +32,10 @@ class Server:
         self.db = Database(settings.database_url)
         self.clock = clock or (DatabaseClock() if self.db.shared else Clock())
         self.keyring = Keyring(self.db, self.clock)
+        self.hosts = Hosts(settings.host, settings.allowed_hosts)
+        self.throttle = Throttle(
+            self.clock, limit=settings.max_wrong_keys, trusted_proxies=settings.trusted_proxies
+        )
         self.secret = ""  # tokens of leases are derived from it
         self.installation_id = ""
         # Held while a blob and its row appear or go together.
