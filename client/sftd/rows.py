@@ -19,7 +19,9 @@ Format = Literal["messages", "prompt_completion", "instruction", "sharegpt", "te
 JsonDict = dict[str, Any]  # a chat message or tool as the templates want it: open by nature
 
 MAX_ROW_BYTES = 32 * 1024 * 1024
-MAX_ROW_VALUES = 500_000  # lists, objects and what stands in them: small ones take a hundred times their text in memory
+MAX_ROW_VALUES = (
+    500_000  # lists, objects and what stands in them: small ones take a hundred times their text in memory
+)
 MAX_PROBLEMS = 20
 READ_BYTES = 1024 * 1024
 FORMATS_HELP = "accepted are: messages | prompt + completion | instruction (+ input) + output | conversations (ShareGPT) | text"
@@ -325,7 +327,9 @@ def _parse(raw: bytes, line: int, reading: _Reading) -> Any:
 def _has_too_many_values(raw: bytes) -> bool:
     if len(raw) <= MAX_ROW_VALUES or _num_signs(raw) <= MAX_ROW_VALUES:
         return False
-    return _num_signs(_STRING.sub(b"", raw)) > MAX_ROW_VALUES  # code in a string holds many, which are no values
+    return (
+        _num_signs(_STRING.sub(b"", raw)) > MAX_ROW_VALUES
+    )  # code in a string holds many, which are no values
 
 
 def _num_signs(raw: bytes) -> int:
