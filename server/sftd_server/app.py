@@ -25,7 +25,7 @@ import sftd
 from sftd.discovery import remember_server
 from sftd_server import docs, installation, keys, migrations, status
 from sftd_server.clock import Clock
-from sftd_server.connections import Connections, allow_files, protocol_for
+from sftd_server.connections import BACKLOG, Connections, allow_files, protocol_for
 from sftd_server.datafolder import StartRefused, require_local
 from sftd_server.errors import install_error_handlers
 from sftd_server.exposure import check_exposure
@@ -186,6 +186,7 @@ def run(settings: Settings) -> None:
         host=settings.host,
         port=settings.port,
         http=protocol_for(connections),
+        backlog=BACKLOG,
         proxy_headers=False,  # uvicorn would believe whatever X-Forwarded-For this machine's own users send
         log_config=None,
         access_log=False,

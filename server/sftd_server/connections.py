@@ -25,7 +25,8 @@ _REFUSAL_BODY = (
     b'{"error":{"message":"There are too many open connections; try again.","type":"server_error","param":null,'
     b'"code":"too_many_connections"}}'
 )
-_SPARE_FILES = 128  # descriptors kept for the database, files that are sent, and the rest
+BACKLOG = 256  # asyncio takes in so many at once, before any of them can be turned away
+_SPARE_FILES = BACKLOG + 256  # descriptors kept for those, the database, files that are sent, and the rest
 _SAY_SECONDS = 60.0  # at most one log line in this time
 
 log = logging.getLogger("sftd.server")
