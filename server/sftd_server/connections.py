@@ -26,7 +26,9 @@ _REFUSAL_BODY = (
     b'"code":"too_many_connections"}}'
 )
 BACKLOG = 256  # asyncio takes in so many at once, before any of them can be turned away
-_SPARE_FILES = 3 * BACKLOG + 256  # descriptors kept for those, the database, files that are sent, and the rest
+_SPARE_FILES = (
+    3 * BACKLOG + 256
+)  # descriptors kept for those, the database, files that are sent, and the rest
 _SAY_SECONDS = 60.0  # at most one log line in this time
 
 log = logging.getLogger("sftd.server")
