@@ -26,16 +26,23 @@ def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
         if isinstance(value, BaseModel)
         else [v.model_dump(mode="json") for v in value]
     )
-    print(json.dumps(whole, indent=2, ensure_ascii=False))
+    text = json.dumps(whole, indent=2, ensure_ascii=False)
+    if not text.replace(
+        "\n", ""
+    ).isprintable():  # escapes of JSON in the place of what could steer a terminal
+        text = "".join(
+            char if char == "\n" or char.isprintable() else json.dumps(char)[1:-1] for char in text
+        )
+    print(text)
 
 
 def print_csv(points: Sequence[MetricPoint]) -> None:
     """Every metric of every step; a step without one has an empty cell."""
     rows = [point.model_dump() for point in points]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(sys.stdout, names or ["step"])
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(sys.stdout)
+    writer.writerow([printable(name) for name in names or ["step"]])
+    writer.writerows([row.get(name, "") for name in names] for row in rows)
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

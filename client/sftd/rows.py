@@ -19,6 +19,9 @@ Format = Literal["messages", "prompt_completion", "instruction", "sharegpt", "te
 JsonDict = dict[str, Any]  # a chat message or tool as the templates want it: open by nature
 
 MAX_ROW_BYTES = 32 * 1024 * 1024
+MAX_ROW_VALUES = (
+    500_000  # lists, objects and what stands in them: small ones take a hundred times their text in memory
+)
 MAX_PROBLEMS = 20
 READ_BYTES = 1024 * 1024
 FORMATS_HELP = "accepted are: messages | prompt + completion | instruction (+ input) + output | conversations (ShareGPT) | text"
@@ -38,7 +41,9 @@ _SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 _HALF_A_PAIR = "holds half of a surrogate pair (\\ud800-\\udfff); write the whole character"
+_TOO_MANY_VALUES = f"holds more than {MAX_ROW_VALUES:,} values; split it"
 _SPACE = re.compile(r"[ \t\r\n]*")
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)  # the last one may not be whole yet
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
 
 
@@ -251,6 +256,8 @@ class _ArrayText:
             if len(self._text) - self._at > MAX_ROW_BYTES:
                 raise _Bad("row", f"is not JSON ({complaint}), or longer than {MAX_ROW_BYTES:,} bytes")
             self._read_on()
+            if _has_too_many_values(self._text.encode("utf-8", "surrogatepass")):
+                raise _Bad("row", _TOO_MANY_VALUES)
 
     def take(self, sign: str) -> bool:
         """Pass over `sign` if it comes next."""
@@ -295,6 +302,9 @@ class _ArrayText:
 
 
 def _parse(raw: bytes, line: int, reading: _Reading) -> Any:
+    if _has_too_many_values(raw):
+        reading.note(line, "row", _TOO_MANY_VALUES)
+        return _BROKEN
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -312,6 +322,18 @@ def _parse(raw: bytes, line: int, reading: _Reading) -> Any:
     else:
         return value
     return _BROKEN
+
+
+def _has_too_many_values(raw: bytes) -> bool:
+    if len(raw) <= MAX_ROW_VALUES or _num_signs(raw) <= MAX_ROW_VALUES:
+        return False
+    return (
+        _num_signs(_STRING.sub(b"", raw)) > MAX_ROW_VALUES
+    )  # code in a string holds many, which are no values
+
+
+def _num_signs(raw: bytes) -> int:
+    return raw.count(b",") + raw.count(b"[") + raw.count(b"{")
 
 
 def _check_surrogates(value: Any) -> None:

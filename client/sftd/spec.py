@@ -25,10 +25,10 @@ Method = Literal["full", "lora", "qlora"]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 # A hub id (`org/name` or `name`), an absolute folder, or `job:<id>` with an optional `@step`.
-_HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$")
-JOB_REFERENCE = re.compile(r"^job:(?P<job_id>[A-Za-z0-9_-]{1,64})(@(?P<step>[0-9]{1,12}))?$")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?\Z")
+JOB_REFERENCE = re.compile(r"^job:(?P<job_id>[A-Za-z0-9_-]{1,64})(@(?P<step>[0-9]{1,12}))?\Z")
 
-_REQUIRED_LABEL = re.compile(r"^[^\x00-\x1f\x7f=,]{1,128}(=[^\x00-\x1f\x7f,]{0,128})?$")
+_REQUIRED_LABEL = re.compile(r"^[^\x00-\x1f\x7f=,]{1,128}(=[^\x00-\x1f\x7f,]{0,128})?\Z")
 
 # Fields that say when and where a job runs, not what it trains. They may be changed while it waits, and a worker that
 # does not know them can run the job all the same.
@@ -234,8 +234,10 @@ class JobSpec(SpecModel):
     @field_validator("base_model")
     @classmethod
     def _base_model_form(cls, value: str) -> str:
-        if "\x00" in value or ".." in value.split("/"):
-            raise ValueError("must not contain '..' or NUL; give a hub id (org/name) or an absolute folder")
+        if ".." in value.split("/") or any(ord(char) < 32 or 127 <= ord(char) < 160 for char in value):
+            raise ValueError(
+                "must not contain '..' or control characters; give a hub id (org/name) or an absolute folder"
+            )
         if value.startswith("/") or JOB_REFERENCE.match(value) or _HUB_ID.match(value):
             return value
         raise ValueError(

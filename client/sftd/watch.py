@@ -31,9 +31,9 @@ def watch(
     if not console.is_terminal:
         return _watch(client, job_id, PlainLines(console), logs=logs, timeout_seconds=timeout_seconds)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[facts]}", markup=False),
     )
     with Progress(*columns, console=console, transient=False) as progress:
         return _watch(client, job_id, Bar(progress), logs=logs, timeout_seconds=timeout_seconds)
@@ -54,7 +54,7 @@ class Bar:
         known = job.total_steps or None
         self._progress.update(
             self._task,
-            description=f"{job.id} {job.state}{where}",
+            description=printable(f"{job.id} {job.state}{where}"),
             total=known,
             completed=job.step,
             facts=facts(job) if job.attempt else "",

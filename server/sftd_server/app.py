@@ -27,8 +27,10 @@ from sftd_server import docs, installation, keys, migrations, status, storage
 from sftd_server.artifacts import router as artifacts_router
 from sftd_server.artifacts.mirror import Mirror
 from sftd_server.clock import Clock
+from sftd_server.connections import BACKLOG, Connections, allow_files, protocol_for
 from sftd_server.datafolder import StartRefused, require_local
 from sftd_server.errors import install_error_handlers
+from sftd_server.exposure import check_exposure
 from sftd_server.files import router as files_router
 from sftd_server.gate import Gate
 from sftd_server.janitor import Janitor
@@ -181,14 +183,23 @@ def main() -> None:
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     app = create_app(settings)
-    os.close(
-        take_folder(app.state.server)
-    )  # what stands in the way is told in a sentence; the lifespan takes it for good
+    # What stands in the way is told in a sentence; the lifespan takes the folder for good.
+    os.close(take_folder(app.state.server))
+    check_exposure(settings, app.state.server.folder)
     _require_database(app.state.server)
+    connections = Connections(
+        most=allow_files(settings.max_connections),
+        most_per_address=settings.max_connections_per_address,
+        head_seconds=settings.head_seconds,
+        trusted_proxies=settings.trusted_proxies,
+    )
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
+        http=protocol_for(connections),
+        backlog=BACKLOG,
+        proxy_headers=False,  # uvicorn would believe whatever X-Forwarded-For this machine's own users send
         log_config=None,
         access_log=False,
         server_header=False,

@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 
-from sftd_server.errors import NotFound
+from sftd_server.errors import ERROR_MEANINGS, NotFound
 
 _STATIC = Path(fastapi_offline.__file__).parent / "static"
 _ASSETS = {
@@ -81,6 +81,17 @@ def describe(app: FastAPI) -> None:
     app.openapi = make_schema  # type: ignore[method-assign]  # the way FastAPI documents for this
 
 
+def _add_common_errors(operation: dict[str, Any]) -> None:
+    """What the gate and the framework may answer on any route; without a key and a body there is less of it."""
+    statuses = [400, 403] if operation.get("security") == [] else [400, 401, 403, 422, 429, 503, 507]
+    if "requestBody" in operation:
+        statuses += [408, 413, 415]
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
+    for status in statuses:
+        answer = {"description": ERROR_MEANINGS[status], "content": content}
+        operation["responses"].setdefault(str(status), answer)
+
+
 def _cached(app: FastAPI) -> Any:  # the type of FastAPI.openapi
     def make() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -91,6 +102,9 @@ def _cached(app: FastAPI) -> Any:  # the type of FastAPI.openapi
                 "key": {"type": "http", "scheme": "bearer", "description": "An access key."}
             }
             schema["security"] = [{"key": []}]
+            for methods in schema["paths"].values():
+                for operation in methods.values():
+                    _add_common_errors(operation)
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -6,7 +6,9 @@ Raise the narrowest class; the message says what happened, with the values, then
 
 import errno
 import json
-import re
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +20,23 @@ from sftd.schemas import ErrorAnswer, ErrorBody
 from sftd_server.engines import Failure, failure
 from sftd_server.mistakes import Mistake, mistakes_of
 
+ERROR_MEANINGS = {
+    400: "The request can not be understood.",
+    401: "No key, a wrong key or an expired one.",
+    403: "The key's role does not allow this, or the request was sent by another site's page.",
+    404: "No such thing.",
+    408: "The body did not arrive.",
+    409: "The thing is in the wrong state for this.",
+    413: "Larger than the limit.",
+    415: "A kind of content that is not taken.",
+    416: "The batch does not begin where the stream ends; X-Expected-Seq says where to go on.",
+    422: "The request is malformed; the message lists every mistake.",
+    426: "The worker speaks a version of the protocol that this server does not serve.",
+    429: "Too many wrong keys came from this address; Retry-After says how long to wait.",
+    500: "Our fault; the server's log has the request id.",
+    503: "Not now; try again.",
+    507: "The disk is full; reading goes on.",
+}
 _EXAMPLES = {
     401: {
         "error": {
@@ -95,6 +114,13 @@ class TooLarge(ApiError):
     kind = "too_large"
 
 
+class UnsupportedMedia(ApiError):
+    """415: a kind of content that is not taken."""
+
+    status = 415
+    kind = "invalid_request"
+
+
 class SequenceGap(ApiError):
     """416: a batch does not begin where its stream ends. The header X-Expected-Seq says where to go on."""
 
@@ -125,6 +151,21 @@ class UpgradeRequired(ApiError):
     def __init__(self, message: str, *, code: str, protocol: int) -> None:
         headers = {"upgrade": f"sftd-worker/{protocol}"}
         super().__init__(message, code=code, param="protocol", headers=headers)
+
+
+class TooManyFailures(ApiError):
+    """429: too many wrong keys came from this address."""
+
+    status = 429
+    kind = "authentication_error"
+
+    def __init__(self, seconds: float) -> None:
+        wait = max(1, math.ceil(seconds))
+        super().__init__(
+            f"Too many wrong keys came from your address; try again in {wait} s. A good key works meanwhile.",
+            code="too_many_failures",
+            headers={"retry-after": str(wait)},
+        )
 
 
 class Unavailable(ApiError):
@@ -197,21 +238,11 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, object]]:
-    """The errors of a route, for its documentation. 401, 403 and 422 can come from any route with a key."""
-    meanings = {
-        401: "No key, a wrong key or an expired one.",
-        403: "The key's role does not allow this.",
-        404: "No such thing.",
-        409: "The thing is in the wrong state for this.",
-        413: "Larger than the limit.",
-        416: "The batch does not begin where the stream ends; X-Expected-Seq says where to go on.",
-        422: "The request is malformed; the message lists every mistake.",
-        426: "The worker speaks a version of the protocol that this server does not serve.",
-    }
+    """The errors of a route, for its documentation. Those that any route can answer with are added by `docs`."""
     return {
         status: {
             "model": ErrorAnswer,
-            "description": meanings[status],
+            "description": ERROR_MEANINGS[status],
             "content": {"application/json": {"example": _EXAMPLES.get(status)}}
             if status in _EXAMPLES
             else {},
@@ -242,12 +273,24 @@ def _translated(request: Request, error: StarletteHTTPException) -> ApiError:
 
 
 def _methods(request: Request) -> list[str]:
-    """The methods that a path has, from the OpenAPI document."""
+    """The methods that a path has."""
     found: set[str] = set()
-    for path, methods in request.app.openapi()["paths"].items():
-        if re.fullmatch(re.sub(r"\\{[^}]*\\}", ".+", re.escape(path)), request.url.path):
-            found.update(method.upper() for method in methods)
+    for route in _flat(request.app.routes):
+        pattern = getattr(route, "path_regex", None)
+        if pattern is not None and pattern.match(request.url.path):
+            found.update(route.methods or ())
     return sorted(found)
+
+
+def _flat(
+    routes: Iterable[Any],
+) -> Iterator[Any]:  # Starlette's routes, FastAPI's, and routers that hold more
+    for route in routes:
+        router = getattr(route, "original_router", None)
+        if router is None:
+            yield route
+        else:
+            yield from _flat(router.routes)
 
 
 def _body_model(request: Request) -> type[BaseModel] | None:

@@ -9,11 +9,12 @@ import contextlib
 import json
 import logging
 import secrets
+import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sftd_server.auth import OPEN_PATHS
+from sftd_server.auth import OPEN_PATHS, Caller
 from sftd_server.db import DatabaseClosed
 from sftd_server.errors import (
     ApiError,
@@ -22,7 +23,9 @@ from sftd_server.errors import (
     NotFound,
     RequestTimeout,
     TooLarge,
+    Unauthorized,
     Unavailable,
+    UnsupportedMedia,
     error_answer,
     is_database_away,
     is_database_busy,
@@ -33,6 +36,9 @@ from sftd_server.server import Server
 MULTIPART_BYTES = 64 * 1024  # room for the frame around an uploaded file
 DRAIN_BYTES = 32 * 1024 * 1024  # of a refused body this much is read, so that the client sees the answer
 DRAIN_SECONDS = 5
+SLOWEST_BYTES_PER_SECOND = (
+    1024  # a body that comes more slowly than this, after its first minute, is given up
+)
 
 log = logging.getLogger("sftd.server")
 
@@ -74,7 +80,7 @@ class Gate:
             ):  # the writer tells of it, and a traceback a request would drown the rest
                 log.warning("request %s: the database cannot be reached", answer.request_id)
             else:
-                log.exception("request %s: %s %s", answer.request_id, scope["method"], scope["path"])
+                log.exception("request %s: %s %r", answer.request_id, scope["method"], scope["path"])
             if isinstance(error, OSError) and is_disk_full(error):
                 await asyncio.to_thread(self._server.disk.look)
             if answer.started:
@@ -84,14 +90,23 @@ class Gate:
     async def _serve(self, scope: Scope, body: "_Body", answer: "_Answer") -> None:
         headers = Headers(scope=scope)
         path = scope["path"]
+        self._server.hosts.check(scope["method"], headers)
         if path not in OPEN_PATHS:
-            scope.setdefault("state", {})["caller"] = self._server.keyring.admit(path, headers)
+            scope.setdefault("state", {})["caller"] = self._admit(scope, headers)
             self._server.disk.admit(scope["method"], path, headers.get("content-length"))
         _check_target(path, scope["query_string"])
         body.check_announced(headers)
         await self._app(scope, body.receive, answer.send)
         if body.refused is not None and not answer.started:
             raise body.refused
+
+    def _admit(self, scope: Scope, headers: Headers) -> Caller:
+        try:
+            return self._server.keyring.admit(scope["path"], headers)
+        except Unauthorized as error:
+            if error.code == "invalid_key":
+                self._server.throttle.note(scope, headers)
+            raise
 
     async def _refuse(self, error: ApiError, scope: Scope, body: "_Body", answer: "_Answer") -> None:
         if not answer.started:
@@ -117,6 +132,9 @@ class _Answer:
             headers["x-content-type-options"] = "nosniff"
             headers.setdefault("cache-control", "no-store")
             headers.setdefault("content-security-policy", "default-src 'none'; sandbox")
+            headers["cross-origin-resource-policy"] = "same-origin"
+            headers["referrer-policy"] = "no-referrer"
+            headers["x-frame-options"] = "DENY"
         await self._send(message)
 
 
@@ -127,12 +145,19 @@ class _Body:
         self._receive = receive
         self._seconds = server.settings.body_seconds
         self._limit = _limit(server, scope)
+        self._began_at = time.monotonic()
         self._num_bytes = 0
         self._whole = False
         self._held_back = "expect" in Headers(scope=scope)  # the client sends nothing before it is asked to
         self.refused: ApiError | None = None
 
     def check_announced(self, headers: Headers) -> None:
+        coding = headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("", "identity"):  # a small body that swells to a large one is not taken
+            raise UnsupportedMedia(
+                f"A body in Content-Encoding {coding[:40]!r} is not taken; send it as it is.",
+                code="unsupported_encoding",
+            )
         announced = headers.get("content-length", "")
         if announced.isdigit() and int(announced) > self._limit:
             raise self._too_large()
@@ -141,13 +166,13 @@ class _Body:
         if self._whole:
             return await self._receive()
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(self._patience()):
                 self._held_back = False
                 message = await self._receive()
         except TimeoutError:
             self._held_back = True  # nothing more will come of it
             self.refused = RequestTimeout(
-                f"The body did not arrive within {self._seconds:g} s.", code="body_timeout"
+                f"The body stalled for {self._seconds:g} s, or came too slowly.", code="body_timeout"
             )
             raise self.refused from None
         self._note(message)
@@ -155,6 +180,11 @@ class _Body:
             self.refused = self._too_large()
             raise self.refused
         return message
+
+    def _patience(self) -> float:
+        """How long to wait for the next piece: a body that comes in drops must not hold its connection for ever."""
+        allowed = self._seconds + self._num_bytes / SLOWEST_BYTES_PER_SECOND
+        return max(0.0, min(self._seconds, self._began_at + allowed - time.monotonic()))
 
     async def drain(self) -> None:
         """Read on through a refused body, within bounds: else the client may never see why it was refused."""

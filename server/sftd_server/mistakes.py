@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 MAX_MISTAKES = 50  # told in one answer
+MAX_NAME_CHARS = 64  # shown of a field's name; no field of ours has a longer one
 
 _PLACES = {"body", "query", "path", "header", "cookie", "form"}
 _TYPE_MESSAGES = {
@@ -94,7 +95,8 @@ def _unknown_field(loc: Sequence[str | int], model: type[BaseModel] | None) -> s
     for part in loc[1:-1] if loc[0] in _PLACES else loc[:-1]:
         holder = _submodel(holder, part) if holder else None
     known = list(holder.model_fields) if holder else []
-    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    name = str(loc[-1])
+    near = difflib.get_close_matches(name, known, n=1) if len(name) <= MAX_NAME_CHARS else []
     if near:
         return f"unknown field; did you mean {near[0]}?"
     return f"unknown field; the fields are {', '.join(known)}" if known else "unknown field; leave it out"
@@ -123,5 +125,5 @@ def _short(value: str | int | float | None) -> str:
 
 def _printable(text: str) -> str:
     """A field name that is safe in one line of a message."""
-    shown = "".join(char if char.isprintable() else "�" for char in text)
-    return shown if len(shown) <= 64 else f"{shown[:63]}…"
+    shown = "".join(char if char.isprintable() else "�" for char in text[: MAX_NAME_CHARS + 1])
+    return shown if len(shown) <= MAX_NAME_CHARS else f"{shown[: MAX_NAME_CHARS - 1]}…"

@@ -20,7 +20,9 @@ from sftd_server.ballast import DiskRoom
 from sftd_server.clock import Clock, DatabaseClock
 from sftd_server.datafolder import DataFolder, FolderLock
 from sftd_server.db import Database
+from sftd_server.hosts import Hosts
 from sftd_server.settings import Settings
+from sftd_server.throttle import Throttle
 
 T = TypeVar("T")
 MAX_LOOK_SECONDS = 1.0  # a look at the clock that took longer says too little
@@ -37,6 +39,10 @@ class Server:
         self.disk = DiskRoom(settings)
         self.db.make_room = self.disk.make_room
         self.keyring = Keyring(self.db, self.clock)
+        self.hosts = Hosts(settings.host, settings.allowed_hosts)
+        self.throttle = Throttle(
+            self.clock, limit=settings.max_wrong_keys, trusted_proxies=settings.trusted_proxies
+        )
         self.secret = ""  # tokens of leases are derived from it
         self.installation_id = ""
         # Held while a blob and its row appear or go together.

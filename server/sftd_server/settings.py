@@ -3,7 +3,9 @@
 Every field can be set by the environment variable `SFTD_` + its name in capitals; docs/operations.md lists them all.
 """
 
+import ipaddress
 import json
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +23,9 @@ from pydantic import (
 )
 
 from sftd_server.engines import is_shared
+
+_LISTS = {"model_roots": ":", "allowed_hosts": ",", "trusted_proxies": ","}  # what separates their parts
+_HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,253}(:[0-9]{1,5})?")
 
 
 class SettingsError(Exception):
@@ -47,6 +52,26 @@ class Settings(BaseModel):
     )
     model_roots: tuple[Path, ...] = Field(
         (), description="Folders that base models may lie in, separated by colons. Default: <data>/models."
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Names, besides this machine's own, that the server may be called by, separated by commas; * for all.",
+    )
+    trusted_proxies: tuple[str, ...] = Field(
+        (),
+        description="Addresses or networks of reverse proxies whose X-Forwarded-For is believed, separated by commas.",
+    )
+    max_wrong_keys: int = Field(
+        10,
+        ge=0,
+        description="Wrong keys that an address may send in a minute; then it gets 429. 0: no limit.",
+    )
+    max_connections: int = Field(2000, ge=10, description="Most connections that are open at once.")
+    max_connections_per_address: int = Field(
+        256, ge=4, description="Most of one address; then the one that was idle longest makes room."
+    )
+    head_seconds: float = Field(
+        10, gt=0, description="A connection that has not sent the head of a request by then is closed."
     )
     max_upload_bytes: int = Field(2 * 1024**3, ge=1, description="Largest file that can be uploaded.")
     max_body_bytes: int = Field(1024**2, ge=1024, description="Largest JSON body on a user's route.")
@@ -173,6 +198,26 @@ class Settings(BaseModel):
             raise ValueError('must be a JSON object, such as {"endpoint_url": "http://127.0.0.1:9000"}')
         return value
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts_are_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name != "*" and not _HOST_NAME.fullmatch(name):
+                raise ValueError(f"{name[:80]!r} is not a name of a host, with or without :port")
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies_are_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            try:
+                ipaddress.ip_network(text, strict=False)
+            except ValueError:
+                raise ValueError(
+                    f"{text[:80]!r} is neither an address nor a network like 10.0.0.0/8"
+                ) from None
+        return value
+
     @field_validator("admin_key")
     @classmethod
     def _key_is_usable(cls, value: SecretStr | None) -> SecretStr | None:
@@ -204,7 +249,10 @@ def read_settings(
     for name in Settings.model_fields:
         text = environment.get(variable(name), "")
         if text:
-            values[name] = [part for part in text.split(":") if part] if name == "model_roots" else text
+            mark = _LISTS.get(name)
+            values[name] = (
+                text if mark is None else [part.strip() for part in text.split(mark) if part.strip()]
+            )
     values.update({name: value for name, value in flags.items() if value is not None})
     try:
         return Settings.model_validate(values)

@@ -6,6 +6,7 @@ who send what a trainer printed. `StrictRoute` makes a router's bodies go throug
 """
 
 import json
+import re
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
@@ -17,13 +18,20 @@ from sftd_server.errors import Invalid
 MAX_INTEGER = 2**63 - 1
 MAX_DEPTH = 100
 MAX_KEYS = 10_000  # in one object
+# In a whole body: a few megabytes of small lists would take seconds and hundreds of megabytes to read. The largest
+# batch that a worker sends has some 30,000.
+MAX_VALUES = 50_000
 _CODE = "invalid_json"
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 Json = Any  # a JSON value: open by nature
 
 
 def read_json(body: bytes, *, replace_nul: bool = False) -> Json:
     """The value of a JSON text. Raises Invalid, saying what is wrong and where."""
+    num_opened = body.count(b"{") + body.count(b"[")
+    if num_opened + body.count(b",") > MAX_VALUES and _has_too_many_values(body):
+        raise Invalid(f"The body holds more than {MAX_VALUES:,} values.", code=_CODE)
     try:
         value = json.loads(
             body.decode("utf-8"),
@@ -38,7 +46,8 @@ def read_json(body: bytes, *, replace_nul: bool = False) -> Json:
         raise Invalid(f"The body is not JSON: {error.msg} ({where}).", code=_CODE) from None
     except RecursionError:
         raise Invalid("The body is nested too deeply.", code=_CODE) from None
-    _check_depth(value)
+    if num_opened > MAX_DEPTH:
+        _check_depth(value)
     if b"\\u" in body:  # only an escape can bring in what UTF-8 cannot
         _check_texts(value, allow_nul=replace_nul)
         if replace_nul and b"\\u0000" in body:
@@ -84,6 +93,14 @@ def _integer(text: str) -> int:
     if len(text) > 20 or abs(int(text)) > MAX_INTEGER:
         raise Invalid(f"The integer {text[:24]}… is beyond 64 bits.", code=_CODE)
     return int(text)
+
+
+def _has_too_many_values(body: bytes) -> bool:
+    """Counted without what stands in strings, where looking costs little: log lines may hold nothing but commas."""
+    if len(body) > 1024 * 1024:
+        return True
+    bare = _STRING.sub(b"", body)
+    return bare.count(b"{") + bare.count(b"[") + bare.count(b",") > MAX_VALUES
 
 
 def _check_depth(value: Json) -> None:

@@ -203,10 +203,18 @@ class Box:
 
 def start_box(data: Path, clock: ManualClock | None = None, **settings: Any) -> Box:
     """A server in a thread of its own, once it listens."""
-    whole = {"admin_key": ADMIN, "reap_seconds": 3600, "backoff_seconds": 0, **settings}
+    whole = {
+        "admin_key": ADMIN,
+        "reap_seconds": 3600,
+        "backoff_seconds": 0,
+        "max_wrong_keys": 0,  # tests try many; those of the limit set it
+        **settings,
+    }
     clock = clock or ManualClock()
     app = create_app(Settings(data=data, **whole), clock)
-    uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none"))
+    uvicorn_server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_config=None, ws="none", proxy_headers=False)
+    )
     loop = asyncio.new_event_loop()
     ready = threading.Event()
 

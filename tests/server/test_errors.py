@@ -161,7 +161,7 @@ def test_a_body_that_never_arrives_is_given_up(make_box) -> None:
     with socket.create_connection((host, int(port)), timeout=10) as raw:
         key = box.admin.headers["authorization"]
         raw.sendall(
-            f"POST /jobs HTTP/1.1\r\nhost: x\r\nauthorization: {key}\r\ncontent-length: 9\r\n\r\n{{".encode()
+            f"POST /jobs HTTP/1.1\r\nhost: {host}\r\nauthorization: {key}\r\ncontent-length: 9\r\n\r\n{{".encode()
         )
         raw.settimeout(10)
         assert raw.recv(65536).startswith(b"HTTP/1.1 408")

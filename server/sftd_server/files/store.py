@@ -14,7 +14,7 @@ from sqlmodel import Session, col, delete, func, select
 from sftd.rows import FileSummary, RowsInvalid, check_file
 from sftd.schemas import File, JobState, Page
 from sftd_server.auth import Caller
-from sftd_server.errors import Conflict, Invalid, NotFound
+from sftd_server.errors import Conflict, Invalid, NotFound, UnsupportedMedia
 from sftd_server.files.upload import Upload
 from sftd_server.ids import new_id
 from sftd_server.jobs.service import JobInputs
@@ -23,6 +23,19 @@ from sftd_server.server import Server
 from sftd_server.tables import FileRow, JobRow
 
 PURPOSES = ("fine-tune",)
+# What a file begins with that is no text. Nothing is ever unpacked here, and nothing unpickled.
+_ARCHIVES = {
+    b"PK\x03\x04": "zip archive",
+    b"PK\x05\x06": "zip archive",
+    b"\x1f\x8b": "gzip file",
+    b"BZh": "bzip2 file",
+    b"\xfd7zXZ\x00": "xz file",
+    b"\x28\xb5\x2f\xfd": "zstandard file",
+    b"7z\xbc\xaf\x27\x1c": "7z archive",
+    b"Rar!": "rar archive",
+}
+_TAR_AT, _TAR = 257, b"ustar"
+_PICKLES = tuple(b"\x80" + bytes([version]) for version in range(2, 6))
 
 
 async def keep(server: Server, upload: Upload, caller: Caller) -> File:
@@ -118,10 +131,32 @@ def files(session: Session, *, after: str | None, limit: int) -> Page[File]:
 
 
 def _check(upload: Upload) -> FileSummary:
+    _refuse_containers(upload)
     try:
         return check_file(upload.path, name=upload.filename)
     except RowsInvalid as error:
         raise Invalid(str(error), code="invalid_file", param="file") from None
+
+
+def _refuse_containers(upload: Upload) -> None:
+    """Archives and pickles, told by what they begin with: the rows would fail too, but in words that help nobody."""
+    with upload.path.open("rb") as file:
+        head = file.read(_TAR_AT + len(_TAR))
+    kind = next((kind for magic, kind in _ARCHIVES.items() if head.startswith(magic)), None)
+    if kind is None and head[_TAR_AT:] == _TAR:
+        kind = "tar archive"
+    if kind is not None:
+        raise UnsupportedMedia(
+            f"file: {upload.filename} is a {kind}; archives are not unpacked here, upload the JSONL or JSON file itself",
+            code="archive_refused",
+            param="file",
+        )
+    if head.startswith(_PICKLES):
+        raise Invalid(
+            f"file: {upload.filename} is a pickle, which could run code; save the rows as JSONL",
+            code="invalid_file",
+            param="file",
+        )
 
 
 def _publish(temporary: Path, blob: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from sftd.schemas import FailureReason
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.template import CannotRender, Rendered, Template, TrainOn
 
-_CACHE_VERSION = 2  # raise it when the same input would give other tokens or another mask
+_CACHE_VERSION = 3  # raise it when the same input would give other tokens or another mask
 _CHUNK_ROWS = 256
 _COLUMNS = Features(
     {
@@ -206,6 +206,13 @@ def _tokenize_chunk(chunk: list[Row], how: Tokenizing) -> Iterator[dict[str, Any
         if isinstance(text, RowProblem):
             yield text
             continue
+        if tokens is None:
+            yield RowProblem(
+                row.line,
+                "messages",
+                "spells out a control token of the model, which its tokenizer cannot read as plain text; take it out",
+            )
+            continue
         ids, supervised = tokens
         learned = int(supervised[1:].sum())
         if not learned:
@@ -226,8 +233,10 @@ def _tokenize_chunk(chunk: list[Row], how: Tokenizing) -> Iterator[dict[str, Any
         }
 
 
-def _encode(rendered: list[Rendered | RowProblem], tokenizer: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids, supervised) of each text. The text is cut where a span begins or ends, so that a token is never half
+def _encode(
+    rendered: list[Rendered | RowProblem], tokenizer: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray] | None]:
+    """(ids, supervised) of each text, None where its control tokens would steer. The text is cut where a span begins or ends, so that a token is never half
     prompt and half answer: the prompt's tokens are then those that generation will start from."""
     texts = [text for text in rendered if isinstance(text, Rendered)]
     pieces = [_pieces(text) for text in texts]
@@ -247,6 +256,9 @@ def _encode(rendered: list[Rendered | RowProblem], tokenizer: Any) -> Iterator[t
         ids = [token for part, _ in parts for token in part]
         if ids != whole and tokenizer.decode(ids) != tokenizer.decode(whole):
             # A tokenizer that marks the beginning of each piece (older SentencePiece): cutting would change the text.
+            if text.cuts:
+                yield None
+                continue
             yield _by_offsets(text, tokenizer)
             continue
         supervised = np.concatenate([np.full(len(part), learned) for part, learned in parts])
@@ -254,13 +266,17 @@ def _encode(rendered: list[Rendered | RowProblem], tokenizer: Any) -> Iterator[t
 
 
 def _pieces(text: Rendered) -> list[tuple[str, bool]]:
-    """The text cut at the ends of its spans: (piece, is it learned)."""
+    """The text cut at the ends of its spans, and inside control tokens that are none: (piece, is it learned)."""
     pieces, at = [], 0
-    for start, end in text.spans:
-        pieces += [(text.text[at:start], False), (text.text[start:end], True)]
+    for start, end in [*text.spans, (len(text.text), len(text.text))]:
+        pieces += _cut(text, at, start, learned=False) + _cut(text, start, end, learned=True)
         at = end
-    pieces.append((text.text[at:], False))
-    return [(piece, learned) for piece, learned in pieces if piece]
+    return pieces
+
+
+def _cut(text: Rendered, start: int, end: int, *, learned: bool) -> list[tuple[str, bool]]:
+    ends = [start, *(at for at in text.cuts if start < at < end), end]
+    return [(text.text[a:b], learned) for a, b in pairwise(ends) if b > a]
 
 
 def _document(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:

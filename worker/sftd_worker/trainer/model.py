@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -39,7 +40,7 @@ from sftd_worker.trainer.packing import (
 from sftd_worker.trainer.precision import Precision
 from sftd_worker.trainer.probe import decoder_of, require_causal, try_end_to_end
 from sftd_worker.trainer.sharding import Sharding, Shards, load_in_shares
-from sftd_worker.trainer.template import Template, chatml
+from sftd_worker.trainer.template import Template, chatml, require_bounded
 from sftd_worker.trainer.world import World
 
 T = TypeVar("T")
@@ -190,7 +191,16 @@ def load_tokenizer(job: TrainerJob) -> tuple[Any, Template, bool]:
     }
     ends = {str(token) for token in tokenizer.all_special_tokens}
     ends |= {str(token) for token in getattr(tokenizer, "added_tokens_encoder", {})}
-    return tokenizer, Template(source, special, sorted(ends)), own
+    require_bounded(source)
+    return tokenizer, Template(source, special, sorted(ends), _control_tokens(tokenizer)), own
+
+
+def _control_tokens(tokenizer: Any) -> list[str]:
+    """Tokens that mean something to the model by being there, not by what they say. `<think>` and `<tool_call>` are
+    not among them: data writes those on purpose."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    found = {str(token) for token in tokenizer.all_special_tokens} | {str(t) for t in added if t.special}
+    return sorted(token for token in found if len(token) > 1)
 
 
 def load_model(
@@ -293,6 +303,13 @@ def _keep_4bit_trainable(causal: Any) -> None:
 def _with_adapter(causal: Any, job: TrainerJob) -> Any:
     spec = job.spec
     if job.adapter_path is not None:
+        if not (
+            Path(job.adapter_path) / "adapter_model.safetensors"
+        ).is_file():  # peft would read a pickle instead
+            raise RunFailed(
+                FailureReason.MODEL_UNSUPPORTED,
+                f"{job.spec.base_model}: its adapter has no adapter_model.safetensors; other formats are not read",
+            )
         return PeftModel.from_pretrained(causal, job.adapter_path, is_trainable=True)
     torch.manual_seed(spec.seed)  # the adapter's first weights are drawn here
     alpha = spec.lora.alpha
@@ -464,6 +481,11 @@ def _from_hub(job: TrainerJob, part: str, load: Callable[..., Any], *args: Any, 
         raise RunFailed(
             FailureReason.MODEL_NOT_FOUND,
             f"base_model: {name} has no {part} that could be read from {where}: {_first_line(error)}",
+        ) from error
+    except SafetensorError as error:  # a header that does not fit the file
+        raise RunFailed(
+            FailureReason.MODEL_UNSUPPORTED,
+            f"base_model: the weights of {name} are damaged ({_first_line(error)}); fetch the model again",
         ) from error
     except (ValueError, KeyError, ImportError) as error:
         raise RunFailed(

@@ -7,22 +7,35 @@ message is rendered with another content instead, and where the two texts differ
 never searched for.
 """
 
+import faulthandler
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import signal
+import threading
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import FrameType
 from typing import Any, Literal
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sftd.rows import Row
+from sftd.schemas import FailureReason
+from sftd_worker.trainer.errors import RunFailed
 
 TrainOn = Literal["completion", "all", "last_turn"]
 Span = tuple[int, int]  # [start, end) in characters of the rendered text
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = "\ue000"  # a private-use character: no content begins or ends with it
+_SPLIT = "\ue001"  # another: it stands inside what must not be read as a token of the model's own
+RENDER_SECONDS = (
+    20.0  # of computing, for one rendering, which takes milliseconds: then it is taken never to end
+)
+_HANG_SECONDS = 60.0  # the same, where it could not be interrupted: then the process ends
 
 # ChatML with Hermes-style tools, for models that bring no template of their own. `{% generation %}` marks what is
 # learned: the assistant's words, its tool calls, and the end of the turn. `eos` follows where `<|im_end|>` is not a
@@ -79,6 +92,9 @@ class Rendered:
     text: str
     spans: list[Span]
     add_special_tokens: bool  # raw text: the tokenizer adds what it adds to a document
+    # Where a row's own words spell out a control token (`<|im_end|>` in a question about chat templates): tokenised
+    # apart, its halves are the text that they are, and end no turn.
+    cuts: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -88,6 +104,9 @@ class Template:
     source: str
     special_tokens: dict[str, str]  # bos_token, eos_token, … as templates know them
     turn_ends: list[str] = field(default_factory=list)  # special tokens, any of which may end a turn
+    control: list[str] = field(
+        default_factory=list
+    )  # tokens that steer the model; in a row's own words they are text
 
     @cached_property
     def has_markers(self) -> bool:
@@ -99,6 +118,11 @@ class Template:
         if row.messages is None:
             assert row.text is not None
             return Rendered(row.text, [(0, len(row.text))], add_special_tokens=True)
+        rendered = self._render_row(_split_control(row, self.control) or row, train_on)
+        return _without_splits(rendered)
+
+    def _render_row(self, row: Row, train_on: TrainOn) -> Rendered:
+        assert row.messages is not None
         wanted = [i for i, weight in enumerate(row.weights) if weight]
         if train_on == "all":
             text = self._render(row.messages, row.tools)
@@ -282,14 +306,118 @@ class Template:
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **options: bool
     ) -> tuple[list[str], list[list[Span]]]:
         try:
-            result: tuple[list[str], list[list[Span]]] = render_jinja_template(
-                [messages], tools=tools, chat_template=self.source, **options, **self.special_tokens
-            )
+            with _time_limit():
+                result: tuple[list[str], list[list[Span]]] = render_jinja_template(
+                    [messages], tools=tools, chat_template=self.source, **options, **self.special_tokens
+                )
             return result
         except RecursionError:
             raise CannotRender("messages", "is nested too deeply for the model's chat template") from None
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise CannotRender("messages", f"the model's chat template refuses this row: {error}") from error
+        except _RENDER_ERRORS as error:
+            said = str(error) or type(error).__name__
+            raise CannotRender("messages", f"the model's chat template refuses this row: {said}") from error
+
+
+# What a template may do wrong; the sandbox answers with OverflowError to a range that is too long.
+_RENDER_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+)
+
+
+def require_bounded(source: str) -> None:
+    """Refuse a template that computes powers: one line of them can keep a processor busy for years, in a way that
+    cannot be interrupted. Raises RunFailed."""
+    try:
+        signs = [value for _, kind, value in Environment().lex(source) if kind == "operator"]
+    except TemplateSyntaxError:
+        return  # rendering says it better, and never comes to compute anything
+    if "**" in signs:
+        raise RunFailed(
+            FailureReason.MODEL_UNSUPPORTED,
+            "the model's chat template computes powers (**), which no chat needs; choose another model, or take them out",
+        )
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raises RunFailed after RENDER_SECONDS of computing, and ends the process after _HANG_SECONDS: a product of giant
+    integers lets no handler of Python's run. Time in which the process was stopped does not count. Signals arrive in
+    the main thread alone, so only there is a rendering limited."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    faulthandler.register(signal.SIGVTALRM, chain=True)  # says where it was; what comes then is the end
+    earlier = signal.signal(signal.SIGPROF, _too_slow)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _HANG_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, RENDER_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGPROF, earlier)
+
+
+def _too_slow(_: int, __: FrameType | None) -> None:
+    raise RunFailed(
+        FailureReason.MODEL_UNSUPPORTED,
+        f"the model's chat template computed for more than {RENDER_SECONDS:g} s at one row; choose another model, or "
+        "mend the template",
+    )
+
+
+# ---------------------------------------------------------------- control tokens in a row's own words
+
+
+def _split_control(row: Row, control: Sequence[str]) -> Row | None:
+    """The row with its control tokens split; None where its words hold none."""
+    found: set[str] = set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, str):
+            found.update(token for token in control if token in value)
+        elif isinstance(value, dict):
+            for key, below in value.items():
+                look(key)
+                look(below)
+        elif isinstance(value, list):
+            for below in value:
+                look(below)
+
+    def split(value: Any) -> Any:
+        if isinstance(value, str):
+            for token in longest_first:
+                value = value.replace(token, token[0] + _SPLIT + token[1:])
+            return value
+        if isinstance(value, dict):
+            return {split(key): split(below) for key, below in value.items()}
+        return [split(below) for below in value] if isinstance(value, list) else value
+
+    look(row.messages)
+    look(row.tools)
+    if not found:
+        return None
+    longest_first = sorted(found, key=lambda token: (-len(token), token))
+    return replace(row, messages=split(row.messages), tools=split(row.tools))
+
+
+def _without_splits(rendered: Rendered) -> Rendered:
+    """The text as it was meant, and where its control tokens are to be cut."""
+    marks = [at for at, char in enumerate(rendered.text) if char == _SPLIT] if _SPLIT in rendered.text else []
+    if not marks:
+        return rendered
+    spans = [
+        (start - bisect_left(marks, start), end - bisect_left(marks, end)) for start, end in rendered.spans
+    ]
+    cuts = [at - i for i, at in enumerate(marks)]
+    text = rendered.text.replace(_SPLIT, "")
+    return replace(rendered, text=text, spans=spans, cuts=cuts)
 
 
 def _appended(message: dict[str, Any], words: str) -> dict[str, Any]:
