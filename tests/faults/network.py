@@ -125,7 +125,7 @@ class Link:
         self._network = network
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
-        self._late: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()  # asyncio itself does not keep them alive
 
     @property
     def url(self) -> str:
@@ -152,6 +152,7 @@ class Link:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open.add(writer)
+        self._keep(asyncio.current_task())
         upstream: _Upstream | None = None
         try:
             if self.faults.mode == REJECT:
@@ -168,6 +169,11 @@ class Link:
                 upstream.close()
             writer.transport.abort()
 
+    def _keep(self, task: "asyncio.Task[Any] | None") -> None:
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
     async def _pass(self, request: _Message, writer: asyncio.StreamWriter, upstream: "_Upstream") -> bool:
         """Carry one request to the server and its answer back. False: the connection is over."""
         sent_at = time.monotonic()
@@ -177,8 +183,7 @@ class Link:
         if dice.random() < faults.hold:
             # Its sender may give up and go; the request arrives all the same.
             late = asyncio.create_task(self._deliver_late(request, sent_at, dice.uniform(*faults.hold_seconds)))
-            self._late.add(late)
-            late.add_done_callback(self._late.discard)
+            self._keep(late)
             return False
         while self.faults.mode == DROP:
             await asyncio.sleep(0.02)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,15 @@ class Nursery:
         *,
         log: Path,
         env: dict[str, str],
-        flags: dict[str, Any],
+        flags: dict[str, Any] | None = None,
         mutant: str | None = None,
+        argv: Sequence[str] = (),
     ) -> Process:
-        """Fork a `server` or a `worker`. Its output goes to the end of `log`."""
-        command = {"do": "start", "what": what, "log": str(log), "env": env, "flags": flags, "mutant": mutant}
+        """Fork a `server` or a `worker`, or `exec` a program. Its output goes to the end of `log`."""
+        command = {
+            "do": "start", "what": what, "log": str(log), "env": env, "flags": flags or {}, "mutant": mutant,
+            "argv": list(argv),
+        }  # fmt: skip
         return Process(self, self.ask(command))
 
     def ask(self, command: dict[str, Any]) -> Any:  # a number, or None
@@ -151,6 +156,8 @@ def _become(command: dict[str, Any]) -> None:
     os.dup2(log, 2)
     os.environ.clear()
     os.environ.update(command["env"])
+    if command["what"] == "exec":
+        os.execv(command["argv"][0], command["argv"])
     if command["what"] == "worker":
         import logging
 

@@ -9,12 +9,11 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ class Plan:
     seed: int
     steps: int
     spec: dict[str, Any]
+    lawful: bool = True  # its trainer computes by law.py
     job_id: str | None = None  # once the server has acknowledged it
     cancel_asked_at: float | None = None  # monotonic: when the wish was sent; acknowledged later
     cancel_heard_at: float | None = None
@@ -106,7 +106,7 @@ class World:
         self.violations: list[str] = []
         self.lives: list[Lifespan] = []
         self.workers: dict[str, WorkerBox] = {}
-        self.server: Process | ColdProcess | None = None
+        self.server: Process | None = None
         self._lock = threading.Lock()
         self.watch = folder / "watch"
         self.watch.mkdir(parents=True, exist_ok=True)
@@ -138,15 +138,18 @@ class World:
         whole["XDG_STATE_HOME"] = str(self.folder / "state")
         log = self.folder / "server.log"
         if cold:
-            self.server = ColdProcess([sys.executable, "-m", "sftd_server.app"], log=log, env=whole)
+            argv = [sys.executable, "-m", "sftd_server.app"]
+            self.server = self.nursery.start("exec", log=log, env=whole, argv=argv)
         else:
-            self.server = self.nursery.start("server", log=log, env=whole, flags={}, mutant=self.mutant)
+            self.server = self.nursery.start("server", log=log, env=whole, mutant=self.mutant)
         self.wait(self.answers, "the server to answer", seconds=60, pause=0.01)
         took = time.monotonic() - begun
         self.lives.append(Lifespan(time.monotonic()))
         self.network.listen()
-        if self.audited and len(self.lives) == 1:
-            audit.install(self.tables)
+        if len(self.lives) == 1:
+            if self.audited:
+                audit.install(self.tables)
+            self._file_id = self.upload()
         return took
 
     def answers(self) -> bool:
@@ -273,7 +276,6 @@ class World:
             number = len(self.plans) + 1
             key = f"key-{self.seed}-{number}"
             seed = self.random.randrange(2**32)
-            self._file_id = self._file_id or self.upload()
             metadata = {"key": key, "step_seconds": str(pace), **more.pop("metadata", {})}
             spec = {
                 "base_model": "org/model", "training_file": self._file_id, "max_steps": steps, "seed": seed,
@@ -392,40 +394,6 @@ class World:
             self.server.wait()
         self.network.close()
         self._history.close()
-
-
-@dataclass
-class ColdProcess:
-    """A process started from its program, for what an exec is needed for: a preloaded library, a true start time."""
-
-    argv: list[str]
-    log: Path
-    env: dict[str, str]
-    _process: "subprocess.Popen[bytes] | None" = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self.argv, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        if self._process.poll() is None:
-            self._process.send_signal(number)
-
-    def poll(self) -> int | None:
-        assert self._process is not None
-        return self._process.poll()
-
-    def wait(self, seconds: float = 30) -> int:
-        assert self._process is not None
-        return self._process.wait(seconds)
 
 
 def free_port() -> int:

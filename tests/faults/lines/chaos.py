@@ -10,8 +10,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from tests.faults.line import Line, Run
 from tests.faults.network import DEAF, DROP, OPEN, REJECT
 from tests.faults.world import Plan, World
 
@@ -37,6 +38,7 @@ class Weather:
     cancels: float = 0.15
     pauses: float = 0.3
     save_seconds: float = 0.03
+    to_the_end: bool = True  # wait for the jobs
 
 
 @dataclass
@@ -133,8 +135,11 @@ class Storm:
         box = self.world.workers[name]
         seconds = self.world.lease_seconds * self.random.uniform(1.2, 2.2)
         box.stopped_until = time.monotonic() + seconds
+        hold, box.link.faults.hold = box.link.faults.hold, 1.0
+        time.sleep(self.random.uniform(0, 0.3))
         self.world.freeze_worker(name)
         self.world.num_zombies += 1
+        box.link.faults.hold = hold
 
         def wake() -> None:
             if box.stopped_until is not None:
@@ -164,7 +169,7 @@ class Storm:
             link.faults.lose_requests = self.weather.lose_requests
             if link is not self.world.users:
                 link.faults.hold = self.weather.hold
-                link.faults.hold_seconds = (0.2, 2 * self.world.lease_seconds)
+                link.faults.hold_seconds = (0.2, 2.5 * self.world.lease_seconds)
 
     def _calm(self) -> None:
         """No more faults; everybody is awake and works."""
@@ -225,9 +230,22 @@ def storm(world: World, weather: Weather) -> Storm:
     """Stir, calm down, wait for the end, restart the server with SIGKILL: the state that is to be checked."""
     run = Storm(world, weather, random.Random(f"storm {world.seed}"))
     run.run()
-    run.let_end()
+    if weather.to_the_end:
+        run.let_end()
     world.stop_workers()
     world.kill_server()
     world.start_server()
     world.violations += run.errors
     return run
+
+
+def _run(line: Run) -> None:
+    world = line.world()
+    weather = Weather()
+    if line.long:
+        weather = replace(weather, seconds=600, jobs=250)
+    storm(world, weather)
+    line.check(world)
+
+
+LINES = [Line("chaos", "F1 F4 F5 F8", _run, must_fence=True)]
