@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from tests.faults import audit, law
-from tests.faults.network import Call
 from tests.faults.world import Plan, World
 
 TERMINAL = {"succeeded", "failed", "cancelled"}
@@ -178,24 +176,16 @@ def _late_writes(world: World, jobs: list[Job]) -> Iterator[str]:
             where = call.answer["job_id"], call.answer["attempt"]
             claims[where] = min(call.answered_at, claims.get(where, float("inf")))
     for call in world.calls:
-        where = _of_job(call)
-        if where is None or call.status != 200 or not isinstance(call.body, dict):
+        if call.leased_job is None or call.status != 200:
             continue
-        job_id, what = where
-        later = claims.get((job_id, call.body["attempt"] + 1))
-        if later is not None and call.arrived_at > later and not _repeats_last_word(what):
-            yield f"I3: {job_id}: {what} of attempt {call.body['attempt']} was accepted after the next was claimed"
+        later = claims.get((call.leased_job, call.body["attempt"] + 1))
+        if later is not None and call.arrived_at > later and not _repeats_last_word(call.kind):
+            yield f"I3: {call.leased_job}: {call.kind} of attempt {call.body['attempt']} was accepted after the next was claimed"
 
 
-def _repeats_last_word(what: str) -> bool:
+def _repeats_last_word(what: str | None) -> bool:
     """A last word that is said again is answered with 200, and changes nothing."""
     return what in ("finish", "release")
-
-
-def _of_job(call: Call) -> tuple[str, str] | None:
-    """(job id, kind of call) of a worker's call under a lease."""
-    parts = urlsplit(call.path).path.split("/")
-    return (parts[3], parts[4]) if len(parts) == 5 and parts[1:3] == ["worker", "jobs"] else None
 
 
 def _answers(world: World) -> Iterator[str]:
@@ -272,10 +262,10 @@ def _appends(world: World, job: Job) -> Iterator[str]:
     """Each batch that the server took stands in the database at its place, unchanged."""
     kept: dict[tuple[int, str], list[Any]] = {}
     for call in world.calls:
-        where = _of_job(call)
-        if where is None or where[0] != job.id or where[1] not in ITEMS or call.status != 200:
+        kind = call.kind
+        if call.leased_job != job.id or kind not in ITEMS or call.status != 200:
             continue
-        kind, attempt, seq = where[1], call.body["attempt"], call.body["seq"]
+        attempt, seq = call.body["attempt"], call.body["seq"]
         if (attempt, kind) not in kept:
             kept[attempt, kind] = _kept(world, job, attempt, kind)
         items = [_comparable(kind, item) for item in call.body[ITEMS[kind]]]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 T = TypeVar("T")
 OPEN, DROP, REJECT, DEAF = "open", "drop", "reject", "deaf"
@@ -35,6 +36,20 @@ class Call:
     arrived_at: float
     answered_at: float
     lost: bool  # the sender did not get this answer
+
+    @property
+    def leased_job(self) -> str | None:
+        """The job of a worker's call under a lease."""
+        return self._under_lease()[0]
+
+    @property
+    def kind(self) -> str | None:
+        """What a worker's call under a lease is: heartbeat, metrics, finish, …"""
+        return self._under_lease()[1]
+
+    def _under_lease(self) -> tuple[str, str] | tuple[None, None]:
+        parts = urlsplit(self.path).path.split("/")
+        return (parts[3], parts[4]) if len(parts) == 5 and parts[1:3] == ["worker", "jobs"] else (None, None)
 
 
 Recorder = Callable[[Call], None]
@@ -161,8 +176,8 @@ class Link:
             while (request := await _read(reader)) is not None:
                 if not await self._pass(request, writer, upstream):
                     return
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            return
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.CancelledError):
+            return  # cancelled: the world ends
         finally:
             self._open.discard(writer)
             if upstream is not None:

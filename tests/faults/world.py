@@ -359,7 +359,8 @@ class World:
         with self._lock:
             self.calls.append(call)
             line = {name: getattr(call, name) for name in call.__dataclass_fields__}
-            self._history.write(json.dumps(line) + "\n")
+            if not self._history.closed:
+                self._history.write(json.dumps(line) + "\n")
 
     @property
     def num_acknowledged(self) -> int:
@@ -368,8 +369,21 @@ class World:
 
     @property
     def num_fenced(self) -> int:
-        """Calls that the server answered with 409 stale_lease."""
-        return sum(call.status == 409 and call.code == "stale_lease" for call in self.calls)
+        """Calls of attempts that were taken away, which the server answered with 409 stale_lease.
+
+        A heartbeat that crosses its own attempt's last word is answered so too, and proves nothing: it does not count.
+        """
+        ended = {
+            (call.leased_job, call.body["attempt"])
+            for call in self.calls
+            if call.status == 200 and call.kind in ("finish", "release")
+        }
+        return sum(
+            call.status == 409
+            and call.code == "stale_lease"
+            and (call.leased_job, call.body["attempt"]) not in ended
+            for call in self.calls
+        )
 
     def wait(self, ready: Any, what: str, *, seconds: float = 60, pause: float = 0.05) -> None:
         """Wait until something in another process holds. Raises TimeoutError."""
@@ -384,6 +398,10 @@ class World:
         return path.read_text(errors="replace")[-num_chars:] if path.exists() else ""
 
     def close(self) -> None:
+        """End everything. Safe to call twice."""
+        if self._history.closed:
+            return
+        self._history.close()
         self.client.close()
         for box in self.workers.values():
             if box.process is not None and box.process.poll() is None:
@@ -393,7 +411,6 @@ class World:
             self.server.signal(signal.SIGKILL)
             self.server.wait()
         self.network.close()
-        self._history.close()
 
 
 def free_port() -> int:
