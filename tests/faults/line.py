@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import time
 import traceback
@@ -49,6 +50,15 @@ class Run:
     @property
     def random(self) -> random.Random:
         return random.Random(f"line {self.seed}")
+
+    @property
+    def patience(self) -> float:
+        """By how much bounds in seconds are stretched: 1 on two idle cores, more on slow ones or where others compute."""
+        begun = time.process_time()
+        sum(i * i for i in range(2_000_000))
+        slow = (time.process_time() - begun) / 0.15
+        busy = os.getloadavg()[0] / (os.cpu_count() or 1) / 2
+        return max(1.0, slow) * max(1.0, busy)
 
     def world(self, **options: Any) -> World:
         """A new installation; it is closed when the line is over."""

@@ -38,6 +38,7 @@ class Plan:
     steps: int
     spec: dict[str, Any]
     lawful: bool = True  # its trainer computes by law.py
+    one_point_a_step: bool = True
     job_id: str | None = None  # once the server has acknowledged it
     cancel_asked_at: float | None = None  # monotonic: when the wish was sent; acknowledged later
     cancel_heard_at: float | None = None

@@ -12,7 +12,7 @@ from tests.faults.world import World
 
 # The one for processes with threads: the other hangs in them.
 FAKETIME = ["/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/*/faketime/libfaketimeMT.so.1"]
-LEASE_SECONDS = 4.0
+LEASE_SECONDS = 10.0  # long enough for a busy machine: what is looked for is a job that is lost to a clock
 
 
 def clocks(line: Run) -> None:
@@ -32,7 +32,7 @@ def clocks(line: Run) -> None:
     world.start_server(cold=True, env=environment)
     for i in range(2):
         world.add_worker(f"worker-{i}")
-        world.post(steps=900, save_steps=100, pace=0.05)
+        world.post(steps=2000, save_steps=100, pace=0.05)
     world.wait(lambda: len(world.trainers()) == 2, "two trainers")
     for offset in ("+3600", "+0", "-3600", "+0", "-5", "+0", "+3", "+0", "+0 x1.1"):
         clock.write_text(f"{offset}\n")
@@ -43,9 +43,9 @@ def clocks(line: Run) -> None:
     clock.write_text("+3600\n")
     world.kill_worker("worker-0")
     begun = time.monotonic()
-    world.wait(lambda: _lost(world) == 1, "the dead worker's job to be requeued", seconds=30)
+    world.wait(lambda: _lost(world) == 1, "the dead worker's job to be requeued", seconds=60)
     took = time.monotonic() - begun
-    line.require(took < 2 * LEASE_SECONDS + 2, f"a lease lived {took:.1f} s behind its worker's death")
+    line.require(took < 2 * LEASE_SECONDS, f"a lease lived {took:.1f} s behind its worker's death")
     world.start_worker("worker-0")
     line.figures |= {"clock_jumps_seen": _jumps(world), "requeued_after_death_seconds": round(took, 1)}
     for plan in world.plans.values():
@@ -75,10 +75,10 @@ def _jumps(world: World) -> int:
 
 def starved(line: Run) -> None:
     """F14: every core is wanted by others, and server and worker stand still for a third of a lease: no lease is lost."""
-    world = line.world(lease_seconds=8)
+    world = line.world(lease_seconds=12)
     world.start_server()
     world.add_worker("starved", heartbeat_wait_seconds=1)
-    plan = world.post(steps=250, save_steps=50, pace=0.05)
+    plan = world.post(steps=350, save_steps=50, pace=0.05)
     world.wait(world.trainers, "a trainer")
     busy = [
         subprocess.Popen([sys.executable, "-c", "while True: pass"])

@@ -30,7 +30,7 @@ def cuts(line: Run) -> None:
             world.wait(lambda world=world: _attempt(world) >= 2, "the job to be handed on", seconds=20)
             waits[mode] = round(time.monotonic() - begun, 2)
             # The lease may have been renewed until the worker gave up, where it is deaf.
-            most = (1.8 if mode == DEAF else 1.0) * world.lease_seconds + 0.2 + 1.5
+            most = (1.8 if mode == DEAF else 1.0) * world.lease_seconds + 0.2 + 1.5 * line.patience
             line.require(waits[mode] < most, f"{mode}: handed on after {waits[mode]:.1f} s, {most:.1f} s are allowed")
             time.sleep(world.lease_seconds / 2)
         cut_off.link.faults.mode = OPEN
@@ -76,7 +76,7 @@ def slow(line: Run) -> None:
     for plan in (far_job, near_job):
         line.require(world.job(plan)["attempt"] == 1, "a lease was lost though the worker was alive")
     line.figures |= {"idle_connections": idle.count, "slowest_answer_seconds": round(slowest, 2)}
-    line.require(slowest < 3, f"an answer took {slowest:.1f} s beside idle connections")
+    line.require(slowest < 3 * line.patience, f"an answer took {slowest:.1f} s beside idle connections")
     line.settle(world)
 
 

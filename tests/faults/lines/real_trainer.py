@@ -65,7 +65,7 @@ def real_trainer(line: Run) -> None:
 
 def _post(world: World, model: Path, file_id: str, method: str) -> Plan:
     plan = world.plan(steps=SPEC["max_steps"])
-    plan.lawful = False
+    plan.lawful = plan.one_point_a_step = False
     plan.spec = {
         **SPEC, **METHODS[method], "base_model": str(model), "training_file": file_id, "seed": 7,
         "metadata": plan.spec["metadata"],

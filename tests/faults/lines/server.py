@@ -43,27 +43,27 @@ def server_kills(line: Run) -> None:
         "batches": sum(writer.num_batches for writer in writers),
         "requeued": requeued,
     }
-    line.require(max(recoveries) < 2 * slowness(), f"recovery took {max(recoveries):.1f} s")
+    line.require(max(recoveries) < 2 * line.patience, f"recovery took {max(recoveries):.1f} s")
     line.settle(world)
 
 
 def outage(line: Run) -> None:
     """F7: the server is away for many leases while jobs run: none is lost or run again, the spool drains in order."""
-    world = line.world(lease_seconds=2)
+    world = line.world(lease_seconds=4)
     world.start_server()
     for i in range(3):
         world.add_worker(f"worker-{i}")
-        world.post(steps=150, save_steps=40, pace=0.1)
+        world.post(steps=180, save_steps=40, pace=0.1)
     world.wait(lambda: len(world.trainers()) == 3, "three trainers")
     time.sleep(1)
     world.kill_server(refused=True)
-    away = line.times(10, 1800)
+    away = line.times(16, 1800)
     time.sleep(away)
     world.start_server()
     world.wait(world.all_over, "the jobs to end", seconds=60)
     attempts = [row["attempt"] for row in world.tables.rows("SELECT attempt FROM job")]
     line.require(attempts == [1, 1, 1], f"the jobs have the attempts {attempts}")
-    line.figures["outage_leases"] = away / 2
+    line.figures["outage_leases"] = away / 4
     line.settle(world)
 
 
@@ -101,6 +101,7 @@ def claims(line: Run) -> None:
     line.require(len(set(taken)) == len(taken), f"I1: {len(taken) - len(set(taken))} jobs were claimed twice")
     seconds.sort()
     p50, p99 = seconds[len(seconds) // 2], seconds[int(len(seconds) * 0.99)]
+    line.require(p99 < 0.1 * line.patience, f"the slowest hundredth of claims took {p99 * 1000:.0f} ms")
     line.figures |= {"claims": len(taken), "claim_p50_ms": round(p50 * 1000, 1), "claim_p99_ms": round(p99 * 1000, 1)}
     line.check(world, ends={"claimed"})
 
@@ -109,10 +110,13 @@ async def _claim_all(
     world: World, key: str, spec: dict[str, Any], *, num_jobs: int, num_workers: int
 ) -> tuple[list[str], list[float]]:
     """Post the jobs, then let the workers claim, each at its own pace, until there are none."""
-    admin = _Raw(world.port, ADMIN_KEY)
-    for _ in range(num_jobs):
-        status, _ = await admin.post("/jobs", spec)
-        assert status == 200
+    async def post() -> None:
+        admin = _Raw(world.port, ADMIN_KEY)
+        for _ in range(num_jobs // 20):
+            status, _ = await admin.post("/jobs", spec)
+            assert status == 200
+
+    await asyncio.gather(*(post() for _ in range(20)))
     taken: list[str] = []
     seconds: list[float] = []
 
@@ -163,13 +167,6 @@ class _Raw:
         length = int(after.split("\r\n")[0]) if after else 0
         found = await reader.readexactly(length)
         return status, json.loads(found) if found else None
-
-
-def slowness() -> float:
-    """How much slower this machine is than one of two idle cores: bounds in seconds are stretched by it."""
-    begun = time.process_time()
-    sum(i * i for i in range(2_000_000))
-    return max(1.0, (time.process_time() - begun) / 0.15)
 
 
 LINES = [
