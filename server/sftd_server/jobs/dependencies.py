@@ -1,5 +1,6 @@
 """Which job waits for which. Ids must exist when they are named, so that no circle can be made."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ def replace(session: Session, row: JobRow, after: Sequence[str]) -> None:
     session.flush()
 
 
+@functools.lru_cache(maxsize=4)  # every claim asks; an alias takes milliseconds to make
 def are_met(job: Any = JobRow) -> ColumnElement[bool]:  # job: JobRow or an alias of it
     """A condition: all that the job needs has succeeded."""
     needed = aliased(JobRow)

@@ -12,7 +12,7 @@ from tests.faults.world import World
 
 # The one for processes with threads: the other hangs in them.
 FAKETIME = ["/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/*/faketime/libfaketimeMT.so.1"]
-LEASE_SECONDS = 10.0  # long enough for a busy machine: what is looked for is a job that is lost to a clock
+LEASE_SECONDS = 20.0  # long enough for a busy machine: what is looked for is a job that is lost to a clock
 
 
 def clocks(line: Run) -> None:
@@ -43,7 +43,7 @@ def clocks(line: Run) -> None:
     clock.write_text("+3600\n")
     world.kill_worker("worker-0")
     begun = time.monotonic()
-    world.wait(lambda: _lost(world) == 1, "the dead worker's job to be requeued", seconds=60)
+    world.wait(lambda: _lost(world) >= 1, "the dead worker's job to be requeued", seconds=60)
     took = time.monotonic() - begun
     line.require(took < 2 * LEASE_SECONDS, f"a lease lived {took:.1f} s behind its worker's death")
     world.start_worker("worker-0")
