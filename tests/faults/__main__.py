@@ -55,7 +55,8 @@ def run(lines: list[Line], folder: Path, *, seed: int, long: bool, record: bool)
 
     def one(line: Line) -> None:
         place = folder / line.name.replace(" ", "-")
-        place.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
         result = play(line, nursery, place, seed=seed, long=long)
         with printing:
             told.append(result)

@@ -57,7 +57,7 @@ class Run:
         begun = time.process_time()
         sum(i * i for i in range(2_000_000))
         slow = (time.process_time() - begun) / 0.15
-        busy = os.getloadavg()[0] / (os.cpu_count() or 1) / 2
+        busy = os.getloadavg()[0] / (os.cpu_count() or 1)
         return max(1.0, slow) * max(1.0, busy)
 
     def world(self, **options: Any) -> World:
