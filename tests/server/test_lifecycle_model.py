@@ -1,7 +1,7 @@
 """The life of jobs against a model: whatever users, workers, the clock and restarts do, in any order, the database agrees.
 
-SFTD_MODEL_STEPS says how many steps are made (`make faults-long`: 100,000); SFTD_MODEL_DATABASE_URL names another database
-to run on, an empty one. Everything goes through the functions that the routes call, each in a transaction of its own.
+SFTD_MODEL_STEPS says how many steps are made on each database (`make faults-long`: 100,000). Everything goes through the
+functions that the routes call, each in a transaction of its own.
 """
 
 import hashlib
@@ -444,8 +444,15 @@ def play(engine: Engine, data: Path, steps: int, *, shrink: bool = True) -> None
     )
 
 
-def test_life_agrees_with_the_model(tmp_path: Path) -> None:
-    url = os.environ.get("SFTD_MODEL_DATABASE_URL") or f"sqlite:///{tmp_path / 'model.db'}"
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of each kind."""
+    if request.param == "postgres":
+        return str(request.getfixturevalue("postgres").create())
+    return f"sqlite:///{tmp_path / 'model.db'}"
+
+
+def test_life_agrees_with_the_model(url: str, tmp_path: Path) -> None:
     engine = make_engine(url)
     if url.startswith("sqlite"):
 
