@@ -1,14 +1,15 @@
-# make demo   the whole way of a job on this machine, nothing downloaded but packages
-# make test   set up and run all tests
-# make check  what CI checks besides: format, lint, types, arrows, migrations, Dockerfiles
-# make bench  measurements, apart from the tests; each prints JSON lines (about an hour, most of it the peers')
+# make demo    the whole way of a job on this machine, nothing downloaded but packages
+# make test    set up and run all tests
+# make check   what CI checks besides: format, lint, types, arrows, migrations, Dockerfiles
+# make faults  everything killed, stopped, cut off and starved, and a checker over what it did; some minutes
+# make bench   measurements, apart from the tests; each prints JSON lines (about an hour, most of it the peers')
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test check bench containers clean
+.PHONY: setup demo test check faults faults-long bench containers clean
 
 setup: $(READY)
 
@@ -35,6 +36,15 @@ check: setup
 	  $(BIN)/python -m sftd_server.migrations $$command --database-url sqlite:///$$folder/check.db || exit 1; done; \
 	  rm -rf $$folder
 	$(BIN)/hadolint Dockerfile Dockerfile.gpu
+
+# Some lines need root (small disks) or libfaketime (clocks); where they are not to be had these lines are skipped and say so.
+faults: setup
+	$(BIN)/python -m tests.faults $(FAULTS)
+
+# The same, more of it: about three hours, and the model of the life cycle for 100,000 steps.
+faults-long: setup
+	SFTD_MODEL_STEPS=100000 $(BIN)/python -m pytest tests/server/test_lifecycle_model.py
+	$(BIN)/python -m tests.faults --long $(FAULTS)
 
 bench: setup
 	$(BIN)/python bench/import_time.py
