@@ -19,7 +19,9 @@ LOCK_MILLISECONDS = (
     500  # how long a write waits for a row that another server holds before it is tried again, alone
 )
 STATEMENT_MILLISECONDS = 30_000
-IDLE_MILLISECONDS = 10_000  # a server that was stopped within a transaction must not hold its rows for ever
+# A server that was stopped within a transaction must not hold its rows for ever: less than a lease, more than a machine
+# under load takes. A reader holds none.
+IDLE_MILLISECONDS, IDLE_READER_MILLISECONDS = 20_000, 60_000
 _DRIVER = "postgresql+psycopg"
 # The index of the write-ahead log, and a disk that finds out late, have words of their own for it.
 _NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
@@ -162,9 +164,10 @@ def _postgres(url: URL, *, query_only: bool) -> Engine:
     def on_connect(connection: Any, record: Any) -> None:  # psycopg.Connection, and SQLAlchemy's own record
         from psycopg import IsolationLevel
 
+        idle = IDLE_READER_MILLISECONDS if query_only else IDLE_MILLISECONDS
         connection.execute(
             f"SET lock_timeout = {LOCK_MILLISECONDS}; SET statement_timeout = {STATEMENT_MILLISECONDS};"
-            f" SET idle_in_transaction_session_timeout = {IDLE_MILLISECONDS}; SET timezone = 'UTC'"
+            f" SET idle_in_transaction_session_timeout = {idle}; SET timezone = 'UTC'"
         )
         connection.commit()
         level = IsolationLevel.REPEATABLE_READ if query_only else IsolationLevel.READ_COMMITTED

@@ -49,7 +49,14 @@ class Process:
         return str(answer.json()["id"])
 
     def claim(self, request_id: str = "r", **more: object) -> httpx.Response:
-        body = {"worker_id": "w", "boot_id": "b", "request_id": request_id, "gpus": 1, "wait_seconds": 0}
+        body = {
+            "worker_id": "w",
+            "boot_id": "b",
+            "request_id": request_id,
+            "gpus": 1,
+            "wait_seconds": 0,
+            "protocol": 2,
+        }
         return self.worker.post("/worker/claim", json={**body, **more})
 
     def report(self, lease: dict, kind: str, **body: object) -> httpx.Response:
