@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.worker.test_with_server import HERE, Box
+from tests.worker.conftest import HERE, Box
 
 from sftd.protocol import CheckpointLine, EventLine
 from sftd_worker.disk import DiskWatch, clear_stages, free_bytes, hold_after_full, stage_bytes

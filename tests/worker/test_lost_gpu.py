@@ -213,3 +213,17 @@ def test_which_gpus_are_lost(driver: Driver, monkeypatch: pytest.MonkeyPatch) ->
     assert find_lost([first, second]) == (second,)
     driver.say("Unable to determine the device handle: Unknown Error", code=255)
     assert find_lost([second]) == (second,)
+
+
+def test_a_trainer_that_hangs_because_its_gpu_is_gone_is_no_stall(
+    server: "FakeServer", driver: Driver, start: Callable[..., None]
+) -> None:
+    server.post_job()
+    hangs = {**LONG, "hang_at": 20}
+    start(hangs, stall_seconds=1, start_stall_seconds=2, stall_factor=5)
+    server.until(lambda: len(server.steps()) > 3)
+
+    driver.say(ROWS[0])
+    ((call, body),) = server.until(lambda: server.last_calls)
+
+    assert (call, body["reason"]) == ("release", "gpu_lost")

@@ -37,7 +37,7 @@ from sftd_worker.process import Order, Trainer, secrets_of, trainer_environment
 from sftd_worker.shipper import TAIL_LINES, Shipper, cut, scrubbed
 from sftd_worker.spool import Spool
 from sftd_worker.transfer import transfer_of
-from sftd_worker.watch import Watch
+from sftd_worker.watch import Failed, Watch
 from sftd_worker.worker import Bell, Worker
 
 log = logging.getLogger("sftd.worker")
@@ -338,9 +338,9 @@ class _Attempt:
             return self._succeeded(end)
         if self.keeper.want is Want.CANCEL:
             return Finish(attempt=self.lease.attempt, state="cancelled")
-        if lost := self._lost_gpus(trainer, end, tail):
-            return self._gpus_lost(lost)
         found = watch.verdict(end)
+        if lost := self._lost_gpus(trainer, end, tail, stalled=isinstance(found, Failed)):
+            return self._gpus_lost(lost)
         if isinstance(found, Hold):
             return self._held(found)
         if found is not None:
@@ -368,10 +368,12 @@ class _Attempt:
             log_tail=lines,
         )
 
-    def _lost_gpus(self, trainer: Trainer, end: EndLine | None, tail: Sequence[str]) -> tuple[Gpu, ...]:
-        """Asked where the trainer died by itself, or failed with an error that may come of it."""
+    def _lost_gpus(
+        self, trainer: Trainer, end: EndLine | None, tail: Sequence[str], *, stalled: bool
+    ) -> tuple[Gpu, ...]:
+        """Asked where the trainer died by itself or hung, or failed with an error that may come of it."""
         if end is None:
-            may_be = trainer.order is Order.RUN
+            may_be = trainer.order is Order.RUN or stalled
         else:
             may_be = end.outcome == "failed" and any(map(ABOUT_GPUS.search, [end.message or "", *tail]))
         return find_lost(self.gpus) if may_be else ()
