@@ -56,12 +56,11 @@ class _Item(Generic[T]):
     work: Callable[[Session], T]
     answer: "asyncio.Future[T]"
     loop: asyncio.AbstractEventLoop
-    bulk: bool = False  # may fail on a full disk, so that there is room for the rest
-    error: Exception | None = None  # of the newest try
-    had_room: bool = False  # it found the disk full, and room was made for it
     tries: int = 0  # that another server has overtaken
     was_taken: bool = False  # a unique value was there already; it has been looked for since
     due: float = 0.0  # not to be tried again before (monotonic)
+    bulk: bool = False
+    has_had_room: bool = False  # the disk was full, and room was made for it
 
 
 class _Overtaken(Exception):
@@ -70,23 +69,6 @@ class _Overtaken(Exception):
 
     def __init__(self, item: _Item[Any]) -> None:  # any result type
         self.item = item
-
-
-@dataclass(frozen=True, eq=False)
-class _Outcome:
-    """What came of an item, to be told in the event loop of whoever asked."""
-
-    item: _Item[Any]  # any result type
-    result: Any = None
-    error: Exception | None = None
-
-    def tell(self) -> None:
-        if self.item.answer.done():
-            return
-        if self.error is not None:
-            self.item.answer.set_exception(self.error)
-        else:
-            self.item.answer.set_result(self.result)
 
 
 class Database:
@@ -105,7 +87,9 @@ class Database:
         self._listener: Listener | None = None
         self._again: list[_Item[Any]] = []  # the writer's own: overtaken by other servers, to be done anew
         self._closed = False
-        self.make_room: Callable[[], bool] = lambda: False  # asked on a full disk; True: try again
+        self.make_room: Callable[[], bool] = lambda: (
+            False
+        )  # asked where SQLite's disk is full; True: try again
         self.num_commits = 0
         self.num_writes = 0
 
@@ -145,21 +129,20 @@ class Database:
                     raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 except (
                     sqlite3.OperationalError
-                ) as error:  # a full disk: the log is whole, and read at the next start
+                ) as error:  # no room: the log is whole, and read at the next start
                     log.warning("the write-ahead log could not be folded into the database: %s", error)
         self.engine.dispose()
 
     async def write(self, work: Callable[[Session], T], *, bulk: bool = False) -> T:
         """Run `work` in the writer's next transaction; its result, once that is on disk.
 
-        On a full disk `bulk` work fails, so that what room can still be made goes to the rest, which is then run
-        once more: it must not bring anything along that the first run has used up, such as a row to add.
+        On a full disk `bulk` work fails, so that what room can still be made goes to the rest, which is done anew.
         """
         if self._closed:
             raise DatabaseClosed("the server is stopping")
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
-        self._queue.put(_Item(work, answer, loop, bulk))
+        self._queue.put(_Item(work, answer, loop, bulk=bulk))
         return await answer
 
     async def read(self, work: Callable[[Session], T]) -> T:
@@ -224,8 +207,9 @@ class Database:
 
     def _transact(self, items: list[_Item[Any]]) -> list[_Item[Any]]:
         """One transaction, and its answers. Returns what is left of it, to be done at once: nothing of that happened."""
-        outcomes: list[_Outcome] = []
+        outcomes: list[Callable[[], None]] = []
         topics: set[str] = set()
+        left: list[_Item[Any]] = []
         try:
             with Session(self.engine, expire_on_commit=False, execution_options=_PLAIN) as session:
                 for item in items:
@@ -240,36 +224,26 @@ class Database:
             return [item for item in items if item is not overtaken.item and item not in self._again]
         except Exception as error:  # the commit itself failed: none of them happened
             why = failure(error)
-            if why in (Failure.AWAY, Failure.BUSY, Failure.OVERTAKEN):
+            if why is Failure.FULL and not self.shared and self.make_room():
+                left = [item for item in items if not item.bulk and not item.has_had_room]
+                for item in left:
+                    item.has_had_room = True
+            if why in (Failure.AWAY, Failure.BUSY, Failure.OVERTAKEN, Failure.FULL):
                 log.warning("%d writes are refused, the database is %s: %s", len(items), why, error)
             else:
-                told = why is not Failure.FULL
-                log.error("a transaction of %d writes failed: %s", len(items), error, exc_info=told)
+                log.exception("a transaction of %d writes failed", len(items))
             self._again = [item for item in self._again if item not in items]
-            outcomes = [_failure(item, error) for item in items]
+            outcomes = [_failure(item, error) for item in items if item not in left]
             topics = set()
-        again = self._with_room(items)
-        outcomes = [outcome for outcome in outcomes if outcome.item not in again]
         self.num_commits += 1
         self.num_writes += len(outcomes)
         for loop in {item.loop for item in items}:
             if not _unless_gone(loop.call_soon_threadsafe, self._answer, outcomes, topics):
                 log.warning("%d writes were done after their askers had left", len(items))
-        return again
+        return left
 
-    def _with_room(self, items: list[_Item[Any]]) -> list[_Item[Any]]:  # items of any result type
-        """Those that found the disk full and are to be done at once, in room that was made for them; each once."""
-        full = [item for item in items if item.error is not None and failure(item.error) is Failure.FULL]
-        if not full or not self.make_room():
-            return []
-        again = [item for item in full if not item.bulk and not item.had_room]
-        for item in again:
-            item.had_room = True
-        return again
-
-    def _write_one(self, session: Session, item: _Item[Any], topics: set[str]) -> "_Outcome | None":
+    def _write_one(self, session: Session, item: _Item[Any], topics: set[str]) -> Callable[[], None] | None:
         """Do one item's work, behind a savepoint; its answer, or None where it is to be done anew."""
-        item.error = None
         session.info[_TOUCHED] = set()
         savepoint = session.begin_nested()
         connection = session.connection()
@@ -284,6 +258,8 @@ class Database:
                 raise
             if self.shared and why is Failure.OVERTAKEN and item.tries < MAX_TRIES:
                 raise _Overtaken(item) from error
+            if why is Failure.FULL and not self.shared:
+                raise  # the others will hardly do better: room is made, and they begin anew
             savepoint.rollback()
             if self.shared and why is Failure.TAKEN and not item.was_taken:
                 item.was_taken = True
@@ -294,11 +270,11 @@ class Database:
             session.expunge_all()
         savepoint.commit()
         topics |= session.info[_TOUCHED]
-        return _Outcome(item, result=result)
+        return lambda: None if item.answer.done() else item.answer.set_result(result)
 
-    def _answer(self, outcomes: "list[_Outcome]", topics: set[str]) -> None:
+    def _answer(self, outcomes: list[Callable[[], None]], topics: set[str]) -> None:
         for outcome in outcomes:
-            outcome.tell()
+            outcome()
         self._wake(topics)
 
     def _wake(self, topics: Iterable[str]) -> None:
@@ -317,6 +293,5 @@ def _unless_gone(call: Callable[..., object], *arguments: object) -> bool:
     return True
 
 
-def _failure(item: _Item[Any], error: Exception) -> _Outcome:
-    item.error = error
-    return _Outcome(item, error=error)
+def _failure(item: _Item[Any], error: Exception) -> Callable[[], None]:
+    return lambda: None if item.answer.done() else item.answer.set_exception(error)

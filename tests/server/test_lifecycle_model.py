@@ -152,7 +152,7 @@ class Life(RuleBasedStateMachine):
                     num_rows=1,
                     created_at=BEGIN,
                     owner="me",
-                )  # fmt: skip
+                )
             )
 
     # ------------------------------------------------------------ what users do
@@ -410,10 +410,10 @@ class Life(RuleBasedStateMachine):
             with self.session() as session:
                 done = work(session)
         except ApiError as error:
-            assert fails, f"refused: {error.code}: {error.message}"
+            assert fails, f"refused: {error.code}: {error.message}"  # noqa: PT017  # not pytest's to raise
             if isinstance(error, SequenceGap):
                 assert gap_at is not None
-                assert (error.headers or {})["x-expected-seq"] == str(gap_at)
+                assert (error.headers or {})["x-expected-seq"] == str(gap_at)  # noqa: PT017
             return None
         assert not fails, "it was accepted"
         return done
@@ -444,9 +444,14 @@ def play(engine: Engine, data: Path, steps: int, *, shrink: bool = True) -> None
 
     Here.engine = engine
     Here.server_settings = Settings(
-        data=data, lease_seconds=LEASE, start_seconds=START, max_lost=MAX_LOST, max_failures=MAX_FAILURES,
-        backoff_seconds=0, fair_share=False,
-    )  # fmt: skip
+        data=data,
+        lease_seconds=LEASE,
+        start_seconds=START,
+        max_lost=MAX_LOST,
+        max_failures=MAX_FAILURES,
+        backoff_seconds=0,
+        fair_share=False,
+    )
     run_state_machine_as_test(
         Here,
         settings=settings(

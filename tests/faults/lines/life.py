@@ -1,5 +1,6 @@
 """The life of jobs and workers: cancels and drains at any moment (F20, F21), two workers of one name (F17), one GPU for two."""
 
+import itertools
 import random
 import signal
 import stat
@@ -104,7 +105,7 @@ def _steps_made_again(world: World) -> list[int]:
         if not _saved_last(world, row["job"], row["attempt"], row["last"])
     }
     found = []
-    for row, after in zip(rows, rows[1:], strict=False):
+    for row, after in itertools.pairwise(rows):
         if row["job"] == after["job"] and row["outcome"] == "released" and row["last"] is not None:
             start = after["start_step"] if after["start_step"] is not None else row["last"]
             if (row["job"], row["attempt"]) not in hurried:
