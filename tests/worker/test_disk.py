@@ -298,23 +298,7 @@ def box(tmp_path: Path) -> Iterator[Box]:
             process.wait()
 
 
-def start_worker(box: Box, **more: Any) -> subprocess.Popen[bytes]:
-    settings = {
-        "server_url": f"http://127.0.0.1:{box.port}",
-        "data": str(box.data),
-        "worker_name": "one",
-        "device": "cpu",
-        "warm": False,
-        "disk_reserve_bytes": 4 * MIB,
-        "disk_settle_seconds": 0,
-        **more,
-    }
-    with (box.folder / "one.log").open("ab") as log:
-        worker = subprocess.Popen(
-            [sys.executable, str(HERE / "run_worker.py"), json.dumps(settings)], env=box._clean, stderr=log
-        )
-    box.processes.append(worker)
-    return worker
+SETTINGS = {"disk_reserve_bytes": 4 * MIB, "disk_settle_seconds": 0}
 
 
 def seconds_until(box: Box, ready: Callable[[], object], most: float) -> float:
@@ -324,8 +308,7 @@ def seconds_until(box: Box, ready: Callable[[], object], most: float) -> float:
 
 
 def test_a_job_on_a_full_disk_goes_on_by_itself_and_loses_nothing(box: Box) -> None:
-    scripted = (sys.executable, "-S", str(HERE / "scripted_trainer.py"), str(box.script))
-    start_worker(box, trainer_argv=scripted)
+    box.start_worker("one", **SETTINGS)
     job_id = box.post(steps=150, step_seconds=0.03, checkpoint_bytes=3 * MIB)
     box.until(lambda: len(box.steps(job_id)) > 10)
 
@@ -354,8 +337,7 @@ def test_a_job_on_a_full_disk_goes_on_by_itself_and_loses_nothing(box: Box) -> N
 
 
 def test_a_stalled_job_goes_on_from_its_checkpoint(box: Box) -> None:
-    scripted = (sys.executable, "-S", str(HERE / "scripted_trainer.py"), str(box.script))
-    start_worker(box, trainer_argv=scripted, stall_seconds=1, stall_factor=5)
+    box.start_worker("one", **SETTINGS, stall_seconds=1, stall_factor=5)
     job_id = box.post(steps=60, step_seconds=0.02, checkpoint_every=10, hang_at=35)
 
     job = box.client.jobs.wait(job_id, timeout_seconds=30)
@@ -374,7 +356,9 @@ def test_the_real_trainer_comes_to_the_same_result_over_a_full_disk(box: Box) ->
     rows = HERE.parents[1] / "examples" / "q_basics.jsonl"
     model = tiny_model.build(box.data / "models" / "tiny", rows, hidden_size=64, vocab_size=1024)
     file = box.client.files.upload(rows)
-    start_worker(box, offline=True)
+    box.start_worker(
+        "one", **SETTINGS, offline=True, trainer_argv=[sys.executable, "-m", "sftd_worker.trainer"]
+    )
 
     def post() -> str:
         return box.client.jobs.create(

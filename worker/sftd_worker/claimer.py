@@ -1,15 +1,14 @@
 """Asks the server for the next job, from a thread of its own, so that the main thread hears signals meanwhile."""
 
 import logging
-import shutil
 import threading
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 
 from sftd._transport import backoff_seconds
 from sftd.errors import Conflict, ConnectionFailed, NotFound, ServerError, SftdError, Throttled
 from sftd.protocol import PROTOCOL, TOKEN_HEADER, Claim, Finish, Lease, Release
+from sftd_worker.disk import free_bytes
 from sftd_worker.registration import (
     CALL_SECONDS,
     MOST_BACKOFF_SECONDS,
@@ -115,7 +114,7 @@ class Claimer:
             gpus=self._asked_slots,
             wait_seconds=wait_seconds,
             protocol=PROTOCOL,
-            disk_free_bytes=_free_bytes(self._worker.settings.data),
+            disk_free_bytes=free_bytes(self._worker.settings.data / "jobs"),
         )
         reply = self._worker.transport.request(
             "POST", "/worker/claim", body=claim, timeout_seconds=wait_seconds + CALL_SECONDS, max_retries=0
@@ -133,10 +132,3 @@ def say_without_attempt(worker: Worker, lease: Lease, word: Release | Finish) ->
         headers={TOKEN_HEADER: lease.token},
         timeout_seconds=CALL_SECONDS,
     )
-
-
-def _free_bytes(folder: Path) -> int | None:
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None

@@ -230,7 +230,7 @@ def place_of(row: WorkerRow, *, free: int, alive: bool = True) -> Place:
         labels=row.labels,
         draining=row.draining,
         alive=alive,
-        disk_free_bytes=row.disk_free_bytes,
+        disk_free_bytes=None if row.shares_data else row.disk_free_bytes,
     )
 
 

@@ -99,7 +99,8 @@ def _place(claim: Claim, row: WorkerRow | None) -> Place:
         gpu_memory_gb=row.gpu_memory_gb,
         labels=row.labels,
         draining=row.draining,
-        disk_free_bytes=disk,
+        # Of a disk that the server sees too it has a newer word itself (space.py): a held claim may be half a minute old.
+        disk_free_bytes=None if row.shares_data else disk,
     )
 
 
