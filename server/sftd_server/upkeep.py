@@ -14,9 +14,11 @@ from sqlalchemy import make_url
 from sftd_server.server import Server
 
 LOOK_SECONDS = 1.0
-LARGE_WAL_BYTES = 16 * 1024**2  # from here on it is folded under load too
-HUGE_WAL_BYTES = 32 * 1024**2  # and from here on readers are waited for, and new ones wait
-WAIT_MILLISECONDS = 200  # at most: writes wait meanwhile
+HURRIED_SECONDS = 0.25  # between looks while the log is large
+LARGE_WAL_BYTES = 8 * 1024**2  # from here on it is folded under load too
+STUBBORN_WAL_BYTES = 16 * 1024**2  # from here on readers are waited for, so that it can begin anew
+HUGE_WAL_BYTES = 40 * 1024**2  # and from here on longer
+WAIT_MILLISECONDS, LONG_WAIT_MILLISECONDS = 200, 1000  # at most: writes wait meanwhile
 
 log = logging.getLogger("sftd.server")
 
@@ -28,6 +30,7 @@ class Upkeep:
         self._server = server
         self._writes_seen = -1
         self._writes_folded = -1
+        self._hurried = False
 
     async def run(self) -> None:
         """Tick until cancelled. An error is logged and the loop goes on."""
@@ -36,7 +39,7 @@ class Upkeep:
                 await self.tick()
             except Exception:
                 log.exception("looking after disk and database failed; trying again")
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(HURRIED_SECONDS if self._hurried else LOOK_SECONDS)
 
     async def tick(self) -> None:
         """Measure the disk's room; fold the log if nothing was written since the last tick, or if it is large."""
@@ -48,8 +51,9 @@ class Upkeep:
         size = size_of(path)
         self._writes_seen = writes
         if size and (idle or size >= LARGE_WAL_BYTES):
-            await asyncio.to_thread(fold, path, insist=size >= HUGE_WAL_BYTES)
+            await asyncio.to_thread(fold, path, wait_milliseconds=_patience(size))
             self._writes_folded = writes
+        self._hurried = size >= LARGE_WAL_BYTES
 
 
 def wal_of(database_url: str) -> Path | None:
@@ -68,15 +72,22 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def fold(wal: Path, *, insist: bool = False) -> None:
+def _patience(size: int) -> int:
+    """How long to wait for readers, by the size of the log."""
+    if size < STUBBORN_WAL_BYTES:
+        return 0
+    return WAIT_MILLISECONDS if size < HUGE_WAL_BYTES else LONG_WAIT_MILLISECONDS
+
+
+def fold(wal: Path, *, wait_milliseconds: int = 0) -> None:
     """Fold the log into the database, on a connection of its own: a passive fold holds up neither writer nor readers.
 
-    With `insist` readers are waited for, so that the log begins anew; it is cut to nothing then.
+    With a time to wait, readers are waited for and writes held up, so that the log begins anew; it is cut to nothing.
     """
-    how = "TRUNCATE" if insist else "PASSIVE"
+    how = "TRUNCATE" if wait_milliseconds else "PASSIVE"
     connection = sqlite3.connect(str(wal).removesuffix("-wal"), isolation_level=None)
     try:
-        connection.execute(f"PRAGMA busy_timeout={WAIT_MILLISECONDS}")
+        connection.execute(f"PRAGMA busy_timeout={wait_milliseconds}")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute(f"PRAGMA wal_checkpoint({how})").fetchone()
     except sqlite3.OperationalError as error:  # busy, or the disk is full: the log is still whole
