@@ -324,10 +324,10 @@ class WorkerProcess:
 class Box:
     """The real server and workers as processes that a test kills and starts again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, lease_seconds: int = 2) -> None:
         self.data = folder / "data"
         self.folder = folder
-        self.lease_seconds = 2
+        self.lease_seconds = lease_seconds
         self.script = folder / "script.json"
         self._scripts: dict[str, Any] = {}  # by the job's name
         with socket.socket() as free:
@@ -421,8 +421,8 @@ class Box:
 
 
 @pytest.fixture
-def box(tmp_path: Path) -> Iterator[Box]:
-    box = Box(tmp_path)
+def box(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Box]:
+    box = Box(tmp_path, lease_seconds=getattr(request.module, "LEASE_SECONDS", 2))
     yield box
     for process in box.processes:
         process.kill()

@@ -118,6 +118,7 @@ def test_a_forked_trainer_holds_its_locks_and_nothing_else_of_its_parents(
         [
             "/dev/null",
             *[str(worker.folder / "logs/trainer_output.txt")] * 2,
+            str(worker.folder / "logs/stacks.txt"),
             *[str(lock) for lock in locks],
         ]
     )
