@@ -326,10 +326,12 @@ class WorkerProcess:
 class Box:
     """The real server and workers as processes that a test kills and starts again."""
 
-    def __init__(self, folder: Path, server_settings: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, server_settings: dict[str, str] | None = None, lease_seconds: int = 2
+    ) -> None:
         self.data = folder / "data"
         self.folder = folder
-        self.lease_seconds = 2
+        self.lease_seconds = lease_seconds
         self.server_settings = server_settings or {}  # more of its environment
         self.script = folder / "script.json"
         self._scripts: dict[str, Any] = {}  # by the job's name
@@ -438,8 +440,9 @@ def server_settings() -> dict[str, str]:
 
 
 @pytest.fixture
-def box(tmp_path: Path, server_settings: dict[str, str]) -> Iterator[Box]:
-    box = Box(tmp_path, server_settings)
+def box(request: pytest.FixtureRequest, tmp_path: Path, server_settings: dict[str, str]) -> Iterator[Box]:
+    seconds = getattr(request.module, "LEASE_SECONDS", 2)
+    box = Box(tmp_path, server_settings=server_settings, lease_seconds=seconds)
     yield box
     for process in box.processes:
         process.kill()

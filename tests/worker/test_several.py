@@ -13,6 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from conftest import Box
 
+LEASE_SECONDS = 20  # none is to be lost here, however busy the machine is
 LONG = {"steps": 10**6, "step_seconds": 0.02}
 
 
