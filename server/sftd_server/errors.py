@@ -147,7 +147,7 @@ class DiskFull(ApiError):
         super().__init__(
             "The server's disk is full; its owner frees space, then try again.",
             code="disk_full",
-            headers={"retry-after": "10"},
+            headers={"retry-after": "5"},
         )
 
 
