@@ -23,10 +23,11 @@ ALLOWED_ERRORS = {503, 507}  # stopping; no space
 ITEMS = {"metrics": "points", "logs": "lines", "events": "events"}
 ANNOUNCED = ("run", "evaluation", "notice")  # events of the trainer's own
 # What the history must say of a move, besides the states that are events themselves.
+_GIVEN_BACK = {"released", "lease_expired", "retrying", "preempted", "worker_restarted"}
 TOLD_BY = {
-    ("claimed", "queued"): {"not_started", "released", "lease_expired", "retrying", "preempted"},
-    ("running", "queued"): {"released", "lease_expired", "retrying", "preempted"},
-    ("stopping", "queued"): {"released", "lease_expired", "retrying", "preempted"},
+    ("claimed", "queued"): _GIVEN_BACK | {"not_started"},
+    ("running", "queued"): _GIVEN_BACK,
+    ("stopping", "queued"): _GIVEN_BACK,
 }
 
 

@@ -85,8 +85,8 @@ class Run:
     def settle(self, world: World, **options: Any) -> None:
         """Stop the workers, kill the server once more, and check what is found after its start."""
         world.stop_workers()
-        world.kill_server()
-        world.start_server()
+        world.kill_servers()
+        world.start_servers()
         self.check(world, **options)
 
 

@@ -78,8 +78,8 @@ class _Message:
 class Network:
     """An event loop in a thread, with all links of one world."""
 
-    def __init__(self, server_port: int, record: Recorder, *, seed: int) -> None:
-        self.server_port = server_port
+    def __init__(self, server_ports: list[int], record: Recorder, *, seed: int) -> None:
+        self.server_ports = server_ports  # of several a call takes any that answers, as behind a balancer
         self.record = record
         self.random = random.Random(f"network {seed}")
         self.links: list[Link] = []
@@ -172,7 +172,7 @@ class Link:
         try:
             if self.faults.mode == REJECT:
                 return
-            upstream = _Upstream(self._network.server_port)
+            upstream = _Upstream(self._network)
             while (request := await _read(reader)) is not None:
                 if not await self._pass(request, writer, upstream):
                     return
@@ -225,7 +225,7 @@ class Link:
 
     async def _deliver_late(self, request: _Message, sent_at: float, seconds: float) -> None:
         self._network.num_held += 1
-        upstream = _Upstream(self._network.server_port)
+        upstream = _Upstream(self._network)
         try:
             await asyncio.sleep(seconds)
             arrived_at = time.monotonic()
@@ -262,21 +262,29 @@ class Link:
 class _Upstream:
     """A connection to the server, made when it is needed."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, network: Network) -> None:
+        self._network = network
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def ask(self, request: _Message) -> _Message | None:
         """The server's answer; None if there was none."""
         try:
             if self._streams is None:
-                self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=2**26)
+                self._streams = await self._connect()
             reader, writer = self._streams
             writer.write(request.head + request.body)
             await writer.drain()
             return await _read(reader)
         except (OSError, asyncio.IncompleteReadError):
             return None
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        ports = list(self._network.server_ports)
+        self._network.random.shuffle(ports)
+        for port in ports[:-1]:
+            with contextlib.suppress(OSError):
+                return await asyncio.open_connection("127.0.0.1", port, limit=2**26)
+        return await asyncio.open_connection("127.0.0.1", ports[-1], limit=2**26)
 
     def close(self) -> None:
         if self._streams is not None:

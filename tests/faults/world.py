@@ -59,7 +59,6 @@ class Lifespan:
     """A server process, by the monotonic clock."""
 
     started_at: float  # it answered
-    ended_at: float | None = None
 
 
 class World:
@@ -77,6 +76,8 @@ class World:
         trainer_options: dict[str, Any] | None = None,
         data: Path | None = None,
         audited: bool = True,
+        database_url: str | None = None,
+        num_servers: int = 1,
     ) -> None:
         self.folder = folder
         self.data = data or folder / "data"
@@ -96,8 +97,12 @@ class World:
             "SFTD_MAX_BACKOFF_SECONDS": "0.3",
             "SFTD_MAX_LOST": "1000000",  # the harness loses far more workers than a real box
             "SFTD_MAX_FAILURES": "1000000",
+            **({"SFTD_DATABASE_URL": database_url} if database_url else {}),
             **(server_settings or {}),
         }
+        self.tables: audit.Tables = (
+            audit.PostgresTables(database_url) if database_url else audit.SqliteTables(self.data / "sftd.db")
+        )
         self.kills: Counter[str] = Counter()
         self.num_zombies = 0
         self.calls: list[Call] = []
@@ -106,14 +111,15 @@ class World:
         self.violations: list[str] = []
         self.lives: list[Lifespan] = []
         self.workers: dict[str, WorkerBox] = {}
-        self.server: Process | None = None
+        self.servers: dict[int, Process] = {}  # by port
         self._lock = threading.Lock()
         self.watch = folder / "watch"
         self.watch.mkdir(parents=True, exist_ok=True)
         self._options = folder / "trainer.json"
         self._options.write_text(json.dumps({"watch": str(self.watch), **(trainer_options or {})}))
-        self.port = free_port()
-        self.network = Network(self.port, self._record, seed=seed)
+        self.ports = [free_port() for _ in range(num_servers)]
+        self.port = self.ports[0]  # what goes past the network goes to this one
+        self.network = Network(self.ports, self._record, seed=seed)
         self._history = (folder / "history.jsonl").open("a")
         self.users = self.network.link("users")
         self.client = httpx.Client(
@@ -128,57 +134,62 @@ class World:
         return {"Authorization": f"Bearer {ADMIN_KEY}"}
 
     @property
-    def tables(self) -> audit.Tables:
-        return audit.Tables(self.data / "sftd.db")
+    def server(self) -> Process:
+        """The first server's process."""
+        return self.servers[self.port]
 
-    def start_server(self, *, cold: bool = False, env: dict[str, str] | None = None) -> float:
+    def start_server(
+        self, *, port: int | None = None, cold: bool = False, env: dict[str, str] | None = None
+    ) -> float:
         """Start the server and wait until it answers. Returns the seconds that took."""
+        port = port or self.port
         begun = time.monotonic()
-        whole = {**NO_ENVIRONMENT, **self.settings, "SFTD_PORT": str(self.port), **(env or {})}
+        whole = {**NO_ENVIRONMENT, **self.settings, "SFTD_PORT": str(port), **(env or {})}
         whole["XDG_STATE_HOME"] = str(self.folder / "state")
         log = self.folder / "server.log"
         if cold:
             argv = [sys.executable, "-m", "sftd_server.app"]
-            self.server = self.nursery.start("exec", log=log, env=whole, argv=argv)
+            self.servers[port] = self.nursery.start("exec", log=log, env=whole, argv=argv)
         else:
-            self.server = self.nursery.start("server", log=log, env=whole, mutant=self.mutant)
-        self.wait(self.answers, "the server to answer", seconds=60, pause=0.01)
+            self.servers[port] = self.nursery.start("server", log=log, env=whole, mutant=self.mutant)
+        self.wait(lambda: self.answers(port), "the server to answer", seconds=60, pause=0.01)
         took = time.monotonic() - begun
         self.lives.append(Lifespan(time.monotonic()))
         self.network.listen()
         if len(self.lives) == 1:
             if self.audited:
-                audit.install(self.tables)
+                self.tables.install()
             self._file_id = self.upload()
         return took
 
-    def answers(self) -> bool:
-        """Does the server answer?"""
-        assert self.server is not None
-        if self.server.poll() is not None:
+    def start_servers(self) -> None:
+        """Start those that do not run."""
+        for port in self.ports:
+            if port not in self.servers or self.servers[port].poll() is not None:
+                self.start_server(port=port)
+
+    def answers(self, port: int) -> bool:
+        """Does the server on that port answer?"""
+        if self.servers[port].poll() is not None:
             raise RuntimeError(f"the server ended by itself: {self.log('server.log')}")
         try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/healthz", timeout=2, trust_env=False).is_success
+            return httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=2, trust_env=False).is_success
         except httpx.HTTPError:
             return False
 
-    def kill_server(self, *, refused: bool = True) -> None:
+    def kill_server(self, *, port: int | None = None, refused: bool = True) -> None:
         """SIGKILL. `refused`: its machine refuses connections then; else something before it takes them still."""
-        assert self.server is not None
-        if refused:
+        if refused and len(self.ports) == 1:
             self.network.refuse()
-        self.server.signal(signal.SIGKILL)
-        self.server.wait()
-        self.lives[-1].ended_at = time.monotonic()
+        process = self.servers[port or self.port]
+        process.signal(signal.SIGKILL)
+        process.wait()
         self.kills["server"] += 1
 
-    def stop_server(self) -> int:
-        """SIGTERM, and its exit code."""
-        assert self.server is not None
-        self.server.signal(signal.SIGTERM)
-        code = self.server.wait(30)
-        self.lives[-1].ended_at = time.monotonic()
-        return code
+    def kill_servers(self) -> None:
+        """SIGKILL to all of them."""
+        for port in self.servers:
+            self.kill_server(port=port)
 
     # ------------------------------------------------------------ workers
 
@@ -192,6 +203,7 @@ class World:
             "device": "cpu",
             "gpus": slots,
             "warm": False,
+            "disk_reserve_bytes": 4 * 2**20,
             "lock_wait_seconds": 2,
             "checkpoint_grace_seconds": 10,
             "cancel_grace_seconds": 1,
@@ -221,11 +233,16 @@ class World:
         self.workers[name].stopped_until = None
         self.kills["worker"] += 1
 
-    def freeze_worker(self, name: str) -> None:
-        """SIGSTOP: it can not even fence itself. Its trainers run on."""
-        process = self.workers[name].process
-        assert process is not None
-        process.signal(signal.SIGSTOP)
+    def freeze_worker(self, name: str, seconds: float, dice: random.Random) -> None:
+        """SIGSTOP: for so long it can not even fence itself. Its trainers run on; what it has just sent is under way."""
+        box = self.workers[name]
+        assert box.process is not None
+        box.stopped_until = time.monotonic() + seconds
+        faults, box.link.faults.hold = box.link.faults, 1.0
+        time.sleep(dice.uniform(0.05, 0.4))
+        box.process.signal(signal.SIGSTOP)
+        faults.hold = 0.0
+        self.num_zombies += 1
 
     def wake_worker(self, name: str) -> None:
         process = self.workers[name].process
@@ -407,9 +424,10 @@ class World:
             if box.process is not None and box.process.poll() is None:
                 box.process.signal(signal.SIGKILL)
                 box.process.wait()
-        if self.server is not None and self.server.poll() is None:
-            self.server.signal(signal.SIGKILL)
-            self.server.wait()
+        for process in self.servers.values():
+            if process.poll() is None:
+                process.signal(signal.SIGKILL)
+                process.wait()
         self.network.close()
 
 

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from tests.faults.line import Line, Run
+from tests.faults.line import Line, NotPossible, Run
 from tests.faults.network import DEAF, DROP, OPEN, REJECT
 from tests.faults.world import Plan, World
+from tests.postgres import NoPostgres, Postgres
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Weather:
     cancels: float = 0.15
     pauses: float = 0.3
     save_seconds: float = 0.03
+    rest: tuple[float, float] = (0, 0.6)  # of a killed worker, until it starts again
     to_the_end: bool = True  # wait for the jobs
 
 
@@ -55,7 +57,7 @@ class Storm:
     def run(self) -> None:
         """Stir for the given time, then let everything end in peace."""
         world, weather = self.world, self.weather
-        world.start_server()
+        world.start_servers()
         for i in range(weather.workers):
             world.add_worker(f"worker-{i}", slots=weather.slots)
         self._set_faults()
@@ -114,7 +116,7 @@ class Storm:
         if names:
             name = self.random.choice(names)
             self.world.kill_worker(name)
-            self._after(self.random.uniform(0, 0.6), lambda: self._start_worker(name))
+            self._after(self.random.uniform(*self.weather.rest), lambda: self._start_worker(name))
 
     def _start_worker(self, name: str) -> None:
         box = self.world.workers[name]
@@ -122,11 +124,11 @@ class Storm:
             self.world.start_worker(name)
 
     def _kill_server(self) -> None:
-        if self.world.server is not None and self.world.server.poll() is None:
-            # One in three dies behind something that still takes connections.
-            self.world.kill_server(refused=self.random.random() < 0.67)
-            time.sleep(self.random.uniform(0, 0.5))
-            self.world.start_server()
+        # One in three dies behind something that still takes connections; of several, the others go on.
+        port = self.random.choice(self.world.ports)
+        self.world.kill_server(port=port, refused=self.random.random() < 0.67)
+        time.sleep(self.random.uniform(0, 0.5))
+        self.world.start_server(port=port)
 
     def _freeze(self) -> None:
         """A zombie: it wakes after its lease is over, and what it sent before it slept arrives then."""
@@ -136,12 +138,8 @@ class Storm:
         name = self.random.choice(names)
         box = self.world.workers[name]
         seconds = self.world.lease_seconds * self.random.uniform(1.2, 2.2)
-        box.stopped_until = time.monotonic() + seconds
-        hold, box.link.faults.hold = box.link.faults.hold, 1.0
-        time.sleep(self.random.uniform(0, 0.3))
-        self.world.freeze_worker(name)
-        self.world.num_zombies += 1
-        box.link.faults.hold = hold
+        self.world.freeze_worker(name, seconds, self.random)
+        box.link.faults.hold = self.weather.hold
 
         def wake() -> None:
             if box.stopped_until is not None:
@@ -171,7 +169,7 @@ class Storm:
             link.faults.lose_requests = self.weather.lose_requests
             if link is not self.world.users:
                 link.faults.hold = self.weather.hold
-                link.faults.hold_seconds = (0.2, 2.5 * self.world.lease_seconds)
+                link.faults.hold_seconds = (1.0, 2.5 * self.world.lease_seconds)
 
     def _calm(self) -> None:
         """No more faults; everybody is awake and works."""
@@ -181,8 +179,7 @@ class Storm:
                 box.process.signal(signal.SIGCONT)
                 box.stopped_until = None
             self._start_worker(name)
-        if self.world.server is None or self.world.server.poll() is not None:
-            self.world.start_server()
+        self.world.start_servers()
 
     def _after(self, seconds: float, act: Callable[[], None]) -> None:
         self._count += 1
@@ -235,19 +232,40 @@ def storm(world: World, weather: Weather) -> Storm:
     if weather.to_the_end:
         run.let_end()
     world.stop_workers()
-    world.kill_server()
-    world.start_server()
+    world.kill_servers()
+    world.start_servers()
     world.violations += run.errors
     return run
 
 
-def _run(line: Run) -> None:
-    world = line.world()
+def chaos(line: Run) -> None:
     weather = Weather()
     if line.long:
         weather = replace(weather, seconds=600, jobs=250)
+    world = line.world()
     storm(world, weather)
     line.check(world)
 
 
-LINES = [Line("chaos", "F1 F4 F5 F8", _run, must_fence=True)]
+def several_servers(line: Run) -> None:
+    """The same on PostgreSQL, with three servers behind one address."""
+    try:
+        postgres = Postgres.start()
+    except NoPostgres as error:
+        raise NotPossible(f"PostgreSQL: {error}") from None
+    try:
+        weather = Weather(seconds=25, jobs=14)
+        if line.long:
+            weather = replace(weather, seconds=300, jobs=120)
+        world = line.world(database_url=postgres.create(empty=True), num_servers=3)
+        storm(world, weather)
+        line.check(world)
+        world.close()
+    finally:
+        postgres.stop()
+
+
+LINES = [
+    Line("chaos", "F1 F4 F5 F8", chaos, must_fence=True),
+    Line("several servers", "F4 F5 F8", several_servers, must_fence=True),
+]

@@ -155,8 +155,8 @@ def one_gpu(line: Run) -> None:
     for _ in range(line.times(4, 25)):
         time.sleep(dice.uniform(0.3, 1.0))
         name = dice.choice(["box-0", "box-1"])
-        world.freeze_worker(name)
-        world.num_zombies += 1
+        world.workers[name].link.faults.hold_seconds = (world.lease_seconds, 2 * world.lease_seconds)
+        world.freeze_worker(name, world.lease_seconds * 1.6, dice)
         time.sleep(world.lease_seconds * 1.6)
         world.wake_worker(name)
     world.wait(world.all_over, "the jobs to end", seconds=90)
