@@ -312,7 +312,7 @@ class Storage(Answer):
     reserve_bytes: int = Field(description="With less room than this, reports, uploads and claims wait.")
     low: bool = Field(description="They wait now.")
     bytes: dict[str, int] = Field(
-        description="By kind: checkpoints, results, logs, leftovers, jobs_other, files, cache, models, database, ballast."
+        description="By kind: checkpoints, results, logs, leftovers, jobs_other, files, uploads, cache, models, database, ballast."
     )
     next: list[StorageItem] = Field(description="What would be deleted now; at most 1,000 items.")
     next_bytes: int = Field(description="All that would be deleted now.")

@@ -71,8 +71,8 @@ class DiskRoom:
     def admit(self, method: str, path: str, announced: str | None) -> None:
         """Let a request pass, or raise DiskFull. `announced` is the length of its body as it says."""
         if needs_room(method, path):
-            large = path == "/files" and announced and announced.isdigit()
-            self.require_room(int(announced) if large and announced else 0)
+            is_large = path == "/files" or path.startswith("/worker/blobs")
+            self.require_room(int(announced) if is_large and announced and announced.isdigit() else 0)
 
     # ------------------------------------------------------------ under the lock
 

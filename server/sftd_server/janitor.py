@@ -91,8 +91,8 @@ class Janitor:
                 now=server.clock.now(),
             )
             gone = await server.db.write(work)
-            await asyncio.to_thread(_remove_checkpoints, self._jobs / job_id, gone)
-            removed += [found.item() for found in gone]
+            freed = await asyncio.to_thread(_remove_checkpoints, self._jobs / job_id, gone)
+            removed += [found.item() for found in freed]
         return removed
 
     async def _leftovers(self, *, dry_run: bool) -> list[StorageItem]:
@@ -185,10 +185,15 @@ class Janitor:
         return True
 
 
-def _remove_checkpoints(job: Path, gone: Iterable[Doomed]) -> None:
-    for found in gone:
-        wanted = None if found.corrupt else found.manifest_sha256
-        sweep.remove_checkpoint(job, found.name, manifest_sha256=wanted)
+def _remove_checkpoints(job: Path, gone: Iterable[Doomed]) -> list[Doomed]:
+    """Those whose files are gone now; the others are left to a later sweep."""
+    return [
+        found
+        for found in gone
+        if sweep.remove_checkpoint(
+            job, found.name, manifest_sha256=None if found.corrupt else found.manifest_sha256
+        )
+    ]
 
 
 def _removed(items: Iterable[StorageItem]) -> list[StorageItem]:

@@ -20,7 +20,12 @@ from sftd_server.settings import Settings
 from sftd_server.sweep import tree_bytes
 
 MAX_ITEMS = 1000
+KINDS = (
+    *("checkpoints", "results", "logs", "leftovers", "jobs_other"),
+    *("files", "uploads", "cache", "models", "database", "ballast"),
+)
 _HALVES = (".stage-", ".trash-")
+_WHOLE = {"files": "blobs", "uploads": "uploads", "cache": "cache", "models": "models"}
 _OF_JOB = {"checkpoints": "checkpoints", "results": "results", "logs": "logs"}
 
 ServerDep = Annotated[Server, Depends(server_of)]
@@ -87,26 +92,14 @@ def bytes_by_kind(settings: Settings) -> dict[str, int]:
             else:
                 found[_OF_JOB.get(path.name, "jobs_other")] += tree_bytes(path)
     found["leftovers"] += tree_bytes(data / "tmp")
-    for kind, folder in (("files", "blobs"), ("cache", "cache"), ("models", "models")):
+    for kind, folder in _WHOLE.items():
         found[kind] += tree_bytes(data / folder)
     database = database_folder(settings)
     for path in _entries(database):
         if path.name.startswith("sftd.db") or ".db-" in path.name or path.suffix == ".db":
             found["database"] += tree_bytes(path)
     found["ballast"] += tree_bytes(database / BALLAST)
-    kinds = [
-        "checkpoints",
-        "results",
-        "logs",
-        "leftovers",
-        "jobs_other",
-        "files",
-        "cache",
-        "models",
-        "database",
-        "ballast",
-    ]
-    return {kind: found[kind] for kind in kinds}
+    return {kind: found[kind] for kind in KINDS}
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -514,6 +514,7 @@ def test_a_dry_run_deletes_nothing(make_box) -> None:
     lease = box.running()
     for step in (10, 20, 30):
         save(box, lease, step)
+    lease.finish("failed")
     box.server.settings = box.server.settings.model_copy(update={"keep_checkpoints": 2})
 
     assert [item.step for item in collect(box, dry_run=True)] == [10]
