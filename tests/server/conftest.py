@@ -24,7 +24,7 @@ from sftd_server.server import Server
 from sftd_server.settings import Settings
 from sftd_server.workers.reaper import Reaper
 
-ON_BOTH = ("jobs", "workers", "files", "test_auth.py", "test_migrations.py", "test_db.py")
+ON_BOTH = ("artifacts", "jobs", "workers", "files", "test_auth.py", "test_migrations.py", "test_db.py")
 T = TypeVar("T")
 ADMIN = "sftd-admin-key-of-the-tests"
 SHA = "ab" * 32
