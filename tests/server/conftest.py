@@ -25,6 +25,7 @@ from sftd_server.settings import Settings
 from sftd_server.workers.reaper import Reaper
 
 ON_BOTH = (
+    "artifacts",
     "jobs",
     "workers",
     "files",
