@@ -49,9 +49,8 @@ class Run:
     violations: list[str] = field(default_factory=list)
     worlds: list[World] = field(default_factory=list)
 
-    @property
-    def random(self) -> random.Random:
-        return random.Random(f"line {self.seed}")
+    def __post_init__(self) -> None:
+        self.random = random.Random(f"line {self.seed}")
 
     @property
     def patience(self) -> float:

@@ -165,6 +165,33 @@ def one_gpu(line: Run) -> None:
     line.settle(world)
 
 
+def comes_back(line: Run) -> None:
+    """F1: a worker that was killed and starts again has its jobs back in seconds, not after a lease of half a minute."""
+    world = line.world(lease_seconds=30)
+    world.start_server()
+    world.add_worker("box")
+    plan = world.post(steps=600, save_steps=20, pace=0.02)
+    waits = []
+    for _ in range(line.times(3, 30)):
+        step = world.job(plan)["step"]
+        world.wait(lambda step=step: world.job(plan)["step"] > step + 15, "some steps")  # type: ignore[misc]  # bound now
+        world.kill_worker("box")
+        attempt = world.job(plan)["attempt"]
+        begun = time.monotonic()
+        world.start_worker("box")
+        world.wait(lambda attempt=attempt: _runs(world, attempt + 1), "the job to run again", pause=0.02)  # type: ignore[misc]  # bound now
+        waits.append(time.monotonic() - begun)
+    line.figures["back_after_seconds_max"] = round(max(waits), 2)
+    line.require(max(waits) < 5 * line.patience, f"the job ran again after {max(waits):.1f} s")
+    world.wait(world.all_over, "the job to end")
+    line.settle(world)
+
+
+def _runs(world: World, attempt: int) -> bool:
+    rows = world.tables.rows("SELECT state, attempt FROM job")
+    return rows[0]["state"] == "running" and rows[0]["attempt"] >= attempt
+
+
 def _guarded(line: Run, act: "object", number: int) -> threading.Thread:
     """A thread whose end by an error is a violation."""
 
@@ -182,6 +209,7 @@ def _guarded(line: Run, act: "object", number: int) -> threading.Thread:
 LINES = [
     Line("cancels", "F20", cancels),
     Line("drains", "F21", drains),
+    Line("comes back", "F1", comes_back, alone=False),
     Line("twins", "F17", twins, alone=False),
     Line("one gpu", "F4", one_gpu, must_fence=True, alone=False),
 ]

@@ -53,11 +53,11 @@ def real_trainer(line: Run) -> None:
     for number in range(line.times(2, 20)):
         name = methods[number % len(methods)]
         plan = _post(world, model, file_id, name)
-        for _ in range(dice.randint(2, 3)):
+        for kill in range(dice.randint(2, 3)):
             _wait_for_step(world, plan, dice.randint(1, 6))
             if world.state(plan) == "succeeded":
                 break
-            if dice.random() < 0.5 and (alive := _trainers(world)):
+            if (number + kill) % 2 and (alive := _trainers(world)):
                 world.kill_trainer(dice.choice(alive))
             else:
                 world.kill_worker("real")
