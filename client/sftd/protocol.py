@@ -28,6 +28,8 @@ _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 ArtifactPath = Annotated[
     str, StringConstraints(pattern=rf"^{_PART}(/{_PART}){{0,2}}$")
 ]  # within a folder, by manifest
+ShortText = Annotated[str, StringConstraints(max_length=512)]
+Line = Annotated[str, StringConstraints(max_length=MAX_LINE_CHARS + 64)]  # and the mark that it was cut
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -58,13 +60,13 @@ class Hello(Message):
     boot_id: Identifier
     gpus: int = Field(ge=1, le=1024)
     device: Literal["cuda", "cpu"]
-    labels: dict[str, str] = {}
-    versions: dict[str, str] = {}
+    labels: dict[ShortText, ShortText] = Field(default={}, max_length=64)
+    versions: dict[ShortText, ShortText] = Field(default={}, max_length=64)
     installation_id: str | None = None  # of the data folder that it sees; None: it has a folder of its own
     protocol: int = Field(1, ge=1, le=10**6)
     replaces_boot_id: Identifier | None = None  # an earlier process of this worker that is known to be dead
     gpu_memory_gb: float | None = Field(None, ge=0, le=10**6)  # of its smallest GPU, in GiB
-    gpu_names: list[str] = Field(default=[], max_length=1024)
+    gpu_names: list[ShortText] = Field(default=[], max_length=1024)
 
 
 class Welcome(Reply):
@@ -180,9 +182,7 @@ class LogBatch(Message):
 
     attempt: int
     seq: int = Field(ge=0, lt=2**53)
-    lines: list[Annotated[str, StringConstraints(max_length=MAX_LINE_CHARS + 64)]] = Field(
-        max_length=MAX_LOG_LINES
-    )
+    lines: list[Line] = Field(max_length=MAX_LOG_LINES)
 
 
 class TrainerEvent(Message):
@@ -227,7 +227,7 @@ class Finish(Message):
     state: Literal["succeeded", "failed", "cancelled", "paused"]
     reason: FailureReason | None = None
     message: str | None = Field(None, max_length=16384)
-    log_tail: list[str] = Field(default=[], max_length=200)
+    log_tail: list[Line] = Field(default=[], max_length=200)
     files: dict[ArtifactPath, ManifestFile] = {}  # the result's manifest
     uploaded: bool = False  # the result's files were sent as blobs
     pause_reason: Literal["disk_low"] | None = (

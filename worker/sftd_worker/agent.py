@@ -88,7 +88,7 @@ def _threads(devices: Devices) -> int | None:
 
 
 def _warm_parent(settings: WorkerSettings, devices: Devices, threads: int | None) -> WarmParent | None:
-    """It may see every device that a trainer may; each trainer is told which are its own."""
+    """It may see every device that a trainer may, and no secret: each trainer is told what is its own."""
     if not settings.warm:
         return None
     every = devices.visible(devices.lock_names())

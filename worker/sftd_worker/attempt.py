@@ -33,7 +33,14 @@ from sftd_worker.files import Prepared, PrepareFailed, job_folder, prepare, writ
 from sftd_worker.gpus import Gpu, Locks, find_lost
 from sftd_worker.lease import LeaseKeeper, Outdated
 from sftd_worker.outbox import Fenced, Outbox, Refused
-from sftd_worker.process import Order, Trainer, secrets_of, trainer_environment
+from sftd_worker.process import (
+    HUB_SECRETS,
+    WANDB_SECRETS,
+    Order,
+    Trainer,
+    secrets_of,
+    trainer_environment,
+)
 from sftd_worker.shipper import TAIL_LINES, Shipper, cut, scrubbed
 from sftd_worker.spool import Spool
 from sftd_worker.transfer import transfer_of
@@ -282,6 +289,7 @@ class _Attempt:
             cuda_visible_devices=",".join(gpu.uuid for gpu in self.gpus),
             offline=self.settings.offline,
             threads=self.threads,
+            secrets=HUB_SECRETS + (WANDB_SECRETS if self.lease.spec.wandb else ()),
         )
         return Trainer(
             self.settings.trainer_argv,

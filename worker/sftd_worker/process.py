@@ -11,9 +11,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from sftd.tether import tethered
 from sftd_worker import family
@@ -35,6 +36,8 @@ _ALLOWED_PREFIXES = (
 )
 # fmt: on
 _SECRET_ENDINGS = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")
+HUB_SECRETS = ("HF_", "HUGGING_FACE_")  # for models of the hub that are not open to all
+WANDB_SECRETS = ("WANDB_",)
 KILL_WAIT_SECONDS = 20.0
 MIN_SECRET_CHARS = 8  # shorter values would blot out ordinary words
 
@@ -205,16 +208,23 @@ def _fork(
 
 
 def trainer_environment(
-    environment: Mapping[str, str], *, cuda_visible_devices: str, offline: bool, threads: int | None = None
+    environment: Mapping[str, str],
+    *,
+    cuda_visible_devices: str,
+    offline: bool,
+    threads: int | None = None,
+    secrets: Collection[str] = (),
 ) -> dict[str, str]:
     """What the trainer may see of the worker's environment. No SFTD_ name is on the list: keys stay here.
 
-    `threads`: its share of the machine's cores, unless the worker's environment says OMP_NUM_THREADS.
+    `threads`: its share of the machine's cores, unless the worker's environment says OMP_NUM_THREADS. `secrets`: the
+    beginnings of the names of secrets that it needs; others are left out, since /proc shows them to whoever is this user.
     """
     allowed = {
         name: value
         for name, value in environment.items()
-        if name in _ALLOWED or name.startswith(_ALLOWED_PREFIXES)
+        if (name in _ALLOWED or name.startswith(_ALLOWED_PREFIXES))
+        and (not _is_secret(name) or name.startswith(tuple(secrets)))
     }
     # Unbuffered, so that the last words before a kill are on disk; the fault handler names the line of a crash.
     allowed |= {
@@ -238,9 +248,18 @@ def trainer_environment(
 
 def secrets_of(environment: Mapping[str, str]) -> list[str]:
     """Values of the environment that must never reach a log, longest first."""
-    values = {
-        value
-        for name, value in environment.items()
-        if name.upper().endswith(_SECRET_ENDINGS) and len(value) >= MIN_SECRET_CHARS
-    }
-    return sorted(values, key=len, reverse=True)
+    values = {value for name, value in environment.items() if _is_secret(name)}
+    values |= {_password(value) for name, value in environment.items() if name.lower().endswith("_proxy")}
+    return sorted((value for value in values if len(value) >= MIN_SECRET_CHARS), key=len, reverse=True)
+
+
+def _is_secret(name: str) -> bool:
+    return name.upper().endswith(_SECRET_ENDINGS)
+
+
+def _password(url: str) -> str:
+    """That of a proxy's address, if it holds one."""
+    try:
+        return urlsplit(url).password or ""
+    except ValueError:
+        return ""
