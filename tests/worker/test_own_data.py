@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 LARGE_BYTES = 256 * 1024 * 1024  # 32 pieces: long enough to be killed in between
 
 
+@pytest.fixture
+def server_settings() -> dict[str, str]:
+    return {"SFTD_KEEP_CHECKPOINTS": "1000"}  # what is removed, and when, is tested elsewhere
+
+
 def part_of(box: "Box", job_id: str) -> Path | None:
     """An unfinished upload."""
     return next((box.data / "uploads" / job_id).glob("*.part"), None)

@@ -28,6 +28,7 @@ class Bucket:
         self.environment = {
             "SFTD_ARTIFACTS_URL": f"s3://{self.name}/sftd",
             "SFTD_MIRROR_SECONDS": "0.2",
+            "SFTD_KEEP_CHECKPOINTS": "1000",  # what is removed, and when, is tested elsewhere
             "AWS_ENDPOINT_URL": endpoint,
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from uuid import uuid4
 
@@ -17,6 +18,7 @@ from sftd_server.artifacts.uploads import Uploads, hash_of
 from sftd_server.errors import NotFound, Unavailable
 
 MANIFEST = "manifest.json"
+ABANDONED_SECONDS = 24 * 3600.0
 
 log = logging.getLogger("sftd.server")
 
@@ -49,6 +51,7 @@ class Restorer:
         mark = uuid4().hex[:12]  # another server, on another machine, may be at the same
         stage = target.parent / f".restore-{target.name}-{mark}"
         trash = target.parent / f".trash-{target.name}-{mark}"
+        _clear_abandoned(target)
         wanted = {name: file.sha256 for name, file in files.items()}
         if manifest_sha256 is not None:
             wanted[MANIFEST] = manifest_sha256
@@ -74,6 +77,17 @@ class Restorer:
             os.link(local, path)
             return
         fetch_blob(self._shelf.store, sha256, path)
+
+
+def _clear_abandoned(target: Path) -> None:
+    """Remove what a server that was killed here left; a day later, as another may be at it now."""
+    before = time.time() - ABANDONED_SECONDS
+    for left in [
+        *target.parent.glob(f".restore-{target.name}-*"),
+        *target.parent.glob(f".trash-{target.name}-*"),
+    ]:
+        if left.is_dir() and not left.is_symlink() and left.stat().st_mtime < before:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def fetch_blob(store: Store | None, sha256: str, path: Path) -> None:

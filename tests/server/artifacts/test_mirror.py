@@ -3,8 +3,10 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -269,6 +271,24 @@ def test_a_resumed_jobs_checkpoint_is_brought_back_verified(make_box, bucket, as
     assert_error(restore(lease, "checkpoints", name="checkpoint-5"), 404, "file_gone")
     assert (folder / "model.safetensors").read_bytes() == LARGE  # what there is stays
     assert_error(restore(lease, "checkpoints", name="checkpoint-6"), 404, "unknown_checkpoint")
+
+
+def test_what_a_server_killed_while_restoring_left_is_cleared_a_day_later(make_box, bucket) -> None:
+    box = make_box(**bucket.settings)
+    lease = box.running()
+    folder = checkpoint(box, lease, 5)
+    mirror(box)
+    old, new = (folder.with_name(f".restore-checkpoint-5-{mark}") for mark in ("old", "new"))
+    for left in (old, new):
+        left.mkdir()
+        (left / "a.txt").write_bytes(b"half")
+    before = time.time() - 25 * 3600
+    os.utime(old, (before, before))
+    shutil.rmtree(folder)
+
+    assert restore(lease, "checkpoints", name="checkpoint-5").json() == {"ready": True}
+    assert (old.exists(), new.exists()) == (False, True)
+    assert (folder / "a.txt").read_bytes() == b"12345"
 
 
 def test_a_lost_data_file_is_brought_back(make_box, bucket) -> None:
