@@ -209,6 +209,6 @@ def test_a_number_at_the_edge_of_64_bits_is_refused(box, assert_error, kind: str
 
 
 def test_a_batch_of_more_names_than_a_query_takes_is_refused(box, assert_error) -> None:
-    points = [(step, {f"m{step}_{i}": 1.0 for i in range(9000)}) for step in range(30)]
+    points = [(step, {f"m{step}_{i}": 1.0 for i in range(9000)}) for step in range(5)]
 
     assert_error(box.running().metrics(0, *points), 422, "too_many_metric_names")
