@@ -61,7 +61,7 @@ def slow(line: Run) -> None:
     far = world.add_worker("far", claim_wait_seconds=20, heartbeat_wait_seconds=3)
     far.link.faults.latency_seconds = 1.5
     world.add_worker("near", heartbeat_wait_seconds=3)
-    far_job = world.post(steps=60, save_steps=60, pace=0.1)
+    far_job = world.post(steps=20, save_steps=20, pace=0.1)
     near_job = world.post(steps=100, save_steps=25, pace=0.1)
     idle = Idlers(world.port, count=line.times(300, 2000))
     slowest = 0.0
