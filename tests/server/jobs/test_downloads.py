@@ -93,7 +93,7 @@ def test_a_raw_path_with_dots_is_not_found(shared_box, done) -> None:
         with socket.create_connection((host, int(port)), timeout=5) as raw:
             target = f"/jobs/{done}/result/files{path}"
             raw.sendall(
-                f"GET {target} HTTP/1.1\r\nhost: x\r\nauthorization: {key}\r\nconnection: close\r\n\r\n".encode()
+                f"GET {target} HTTP/1.1\r\nhost: localhost\r\nauthorization: {key}\r\nconnection: close\r\n\r\n".encode()
             )
             assert raw.recv(64).startswith(b"HTTP/1.1 404")
 
@@ -131,7 +131,7 @@ def test_a_file_that_is_gone_or_has_changed_is_told(box, assert_error) -> None:
 def test_clients_that_hang_up_at_once_leave_no_file_open(box) -> None:
     host, port = box.url.removeprefix("http://").split(":")
     file_id = box.upload()
-    request = f"GET /files/{file_id}/content HTTP/1.1\r\nhost: x\r\n"
+    request = f"GET /files/{file_id}/content HTTP/1.1\r\nhost: localhost\r\n"
     request += f"authorization: {box.admin.headers['authorization']}\r\n\r\n"
     blobs = str(box.server.folder.path / "blobs")
 
