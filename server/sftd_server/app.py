@@ -113,7 +113,7 @@ async def _finish_removals(server: Server) -> None:
     jobs = server.folder.path / "jobs"
     noted = removal.noted(jobs)
     kept = await server.db.read(lambda session: removal.existing(session, noted))
-    server.in_background(asyncio.to_thread(removal.sweep, jobs, kept))
+    server.in_background(asyncio.to_thread(removal.sweep, jobs, noted, kept))
 
 
 def take_folder(server: Server) -> int:

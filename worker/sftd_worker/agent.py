@@ -109,7 +109,7 @@ def _work(worker: Worker, name: NameLock) -> None:
         crew.look()
         if worker.warm is not None:
             worker.warm.keep()
-        if worker.is_changed:
+        if worker.is_changed and worker.devices.num_slots:
             registering.run()
         if worker.lost_gpus:
             looking.run()

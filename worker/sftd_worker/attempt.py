@@ -165,8 +165,13 @@ class _Attempt:
 
     def await_device(self) -> None:
         """A killed trainer that hangs in the kernel keeps its GPU: until it goes, no other job is taken for that one."""
-        while self.trainer is not None and self.trainer.running and self.gpus and not self.worker.stops.asked:
+        while self.trainer is not None and self.trainer.running and self._still_ours():
             self.bell.wait(1.0)
+
+    def _still_ours(self) -> bool:
+        """Is there a GPU that this attempt keeps from others? One that is lost is counted nowhere any more."""
+        stops, lost = self.worker.stops, self.worker.lost_gpus
+        return any(gpu not in lost for gpu in self.gpus) and not (stops.asked or stops.saves)
 
     def _on_news(self) -> None:
         self.bell.ring()
@@ -248,42 +253,56 @@ class _Attempt:
             now = time.time()
             spool.append(LogTextLine(attempt=self.lease.attempt, at=now, text=notice[:MAX_LINE_CHARS]))
             spool.append(EventLine(type="notice", attempt=self.lease.attempt, at=now, message=notice))
-        write_job(prepared.job)
+        # What this worker has, not what the trainer finds: a GPU that is lost must not make a CPU run of it.
+        write_job(prepared.job.model_copy(update={"device": self.worker.devices.kind}))
         trainer_start = spool.size()
+        self.gpus = self.worker.devices.behind(self.locks.names)
+        if self.worker.devices.kind == "cuda" and len(self.gpus) != self.lease.spec.gpus:
+            return self._release("A GPU was lost before training began.", "gpu_lost")
         self.trainer = trainer = self._spawn(folder)
-        watch = Watch(trainer, spool, job=prepared.job, settings=self.settings)
         self.locks.let_go()  # the trainer holds them now, and only it
-        shipper = Shipper(
-            spool,
-            self.outbox,
-            self.keeper,
-            folder=folder,
-            secrets=self.secrets,
-            first=prepared.corrupt,
-            on_done=self.bell.ring,
-            transfer=self.transfer,
-        )
-        shipper.start()
-        ended_at: float | None = None  # when its last word came by
-        may_save = False  # before the trainer's first word there is nothing to save
+        shipper: Shipper | None = None
         try:
-            while trainer.running and not trainer.hangs:
-                may_save = may_save or spool.has_whole_line_after(trainer_start)
-                if shipper.end is not None and ended_at is None:
-                    ended_at = time.monotonic()
-                over = ended_at is not None and time.monotonic() - ended_at > self.settings.last_word_seconds
-                order = self._order(may_save=may_save, broken=over or shipper.error is not None)
-                trainer.obey(max(order, watch.look(may_save=may_save)))
-                self.bell.wait(self._seconds_until_next_look(trainer))
-        finally:
-            trainer.kill()  # of use only if the lines above raised
+            watch = Watch(trainer, spool, job=prepared.job, settings=self.settings)
+            shipper = Shipper(
+                spool,
+                self.outbox,
+                self.keeper,
+                folder=folder,
+                secrets=self.secrets,
+                first=prepared.corrupt,
+                on_done=self.bell.ring,
+                transfer=self.transfer,
+            )
+            shipper.start()
+            self._follow(trainer, shipper, watch, lambda: spool.has_whole_line_after(trainer_start))
             watch.leave_word()
-            shipper.finish()
+        finally:
+            # Of use only if the lines above raised: no word of the attempt's end goes out while its trainer lives.
+            trainer.kill()
+            while trainer.running and not trainer.hangs:
+                self.bell.wait(0.1)
+            if shipper is not None:
+                shipper.finish()
         self._await_shipper(shipper)
         return self._verdict(trainer, shipper, watch)
 
+    def _follow(
+        self, trainer: Trainer, shipper: Shipper, watch: Watch, has_spoken: Callable[[], bool]
+    ) -> None:
+        """Look after the trainer until it is gone, or hangs though it was killed."""
+        ended_at: float | None = None  # when its last word came by
+        may_save = False  # before the trainer's first word there is nothing to save
+        while trainer.running and not trainer.hangs:
+            may_save = may_save or has_spoken()
+            if shipper.end is not None and ended_at is None:
+                ended_at = time.monotonic()
+            over = ended_at is not None and time.monotonic() - ended_at > self.settings.last_word_seconds
+            order = self._order(may_save=may_save, broken=over or shipper.error is not None)
+            trainer.obey(max(order, watch.look(may_save=may_save)))
+            self.bell.wait(self._seconds_until_next_look(trainer))
+
     def _spawn(self, folder: Path) -> Trainer:
-        self.gpus = self.worker.devices.behind(self.locks.names)
         environment = trainer_environment(
             os.environ,
             cuda_visible_devices=",".join(gpu.uuid for gpu in self.gpus),
@@ -342,6 +361,9 @@ class _Attempt:
         tail = _tail(shipper, trainer)
         if shipper.error is not None:
             return self._failed(FailureReason.WORKER_ERROR, f"Reporting failed: {shipper.error}", tail)
+        if not shipper.complete and self.keeper.want is not Want.CANCEL:
+            # The worker has to go before the server has all of it: another attempt tells it again.
+            return self._release_as_things_stand()
         if end is not None and end.outcome == "succeeded":
             return self._succeeded(end)
         if self.keeper.want is Want.CANCEL:

@@ -72,7 +72,7 @@ def descendants(pid: int, *, besides: Collection[int] = ()) -> list[int]:
 def handles(pid: int, number: signal.Signals) -> bool:
     """Has the process a handler of its own for this signal? Without one, SIGUSR1 would end it."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:
         return False
     caught = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
@@ -116,6 +116,6 @@ def _bury(pid: int, seconds: float) -> None:
 
 def _parent(entry: Path) -> int | None:
     try:
-        return int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        return int((entry / "stat").read_text(errors="replace").rsplit(")", 1)[1].split()[1])
     except (OSError, IndexError, ValueError):
         return None

@@ -67,7 +67,7 @@ class MemoryWatch:
 
     def _note_peak(self, pid: int) -> None:
         try:
-            status = Path(f"/proc/{pid}/status").read_text()
+            status = Path(f"/proc/{pid}/status").read_text(errors="replace")
         except OSError:  # gone
             return
         line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
@@ -78,8 +78,14 @@ class MemoryWatch:
 def memory_group(pid: int) -> Path | None:
     """The folder of the memory cgroup that a process is in, as it is mounted here; None where there is none."""
     try:
-        groups = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
-        mounts = [line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        groups = [
+            line.split(":", 2)
+            for line in Path(f"/proc/{pid}/cgroup").read_text(errors="replace").splitlines()
+        ]
+        mounts = [
+            line.split(" - ")
+            for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+        ]
     except OSError:
         return None
     v1 = next((path for _, names, path in groups if "memory" in names.split(",")), None)
@@ -113,7 +119,7 @@ def group_limit(group: Path | None) -> int | None:
     for name in ("memory.max", "memory.limit_in_bytes") if group is not None else ():
         assert group is not None
         try:
-            limit = int((group / name).read_text())  # "max" where there is none
+            limit = int((group / name).read_text(errors="replace"))  # "max" where there is none
         except (OSError, ValueError):
             continue
         return limit if limit < _NO_LIMIT else None
@@ -123,7 +129,9 @@ def group_limit(group: Path | None) -> int | None:
 def _counter(path: Path, name: str) -> int | None:
     """The number behind a name in a file of such lines."""
     try:
-        pairs = dict(line.split(maxsplit=1) for line in path.read_text().splitlines() if " " in line)
+        pairs = dict(
+            line.split(maxsplit=1) for line in path.read_text(errors="replace").splitlines() if " " in line
+        )
         return int(pairs[name])
     except (OSError, ValueError, KeyError):
         return None
@@ -131,7 +139,9 @@ def _counter(path: Path, name: str) -> int | None:
 
 def _machine_bytes() -> int | None:
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(
+            line.split(":", 1) for line in Path("/proc/meminfo").read_text(errors="replace").splitlines()
+        )
         return int(lines["MemTotal"].split()[0]) * 1024
     except (OSError, ValueError, KeyError):
         return None

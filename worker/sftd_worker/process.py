@@ -110,7 +110,12 @@ class Trainer:
                 family.living.add(self._process.pid)
         self._output = folder / OUTPUT_FILE
         self._watch = threading.Thread(target=self._await_exit, name="trainer-exit", daemon=True)
-        self._watch.start()
+        try:
+            self._watch.start()
+        except RuntimeError:  # no thread is to be had: nobody would ever hear of its end
+            family.send(self._process.pid, signal.SIGKILL)
+            self._await_exit()
+            raise
 
     @property
     def pid(self) -> int:

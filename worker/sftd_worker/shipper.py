@@ -75,6 +75,7 @@ class Shipper:
     ) -> None:
         self.error: str | None = None
         self.done = threading.Event()
+        self.complete = False  # all that the trainer has said is on the server
         self.end: EndLine | None = None  # the trainer's last word, once it has come by
         self.log_tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._spool = spool
@@ -107,6 +108,7 @@ class Shipper:
                 self._report(report)
             self._follow()
             self._transfer.drain()
+            self.complete = True
         except Fenced:
             pass  # the attempt knows by the lease itself
         except Exception as error:  # the edge of a thread: the attempt must hear of it

@@ -14,10 +14,11 @@ import queue
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 from pydantic import BaseModel
 
@@ -84,6 +85,13 @@ def transfer_of(
     return SharedFolder(outbox, data=settings.data, keeper=keeper)
 
 
+class _Target:
+    """A file or folder that attempts of this process fetch, one at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
 class SharedFolder:
     """Worker and server see the same files."""
 
@@ -132,6 +140,23 @@ class SharedFolder:
             check()
 
 
+_targets: WeakValueDictionary[Path, _Target] = WeakValueDictionary()
+_targets_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _alone(target: Path, check: Check) -> Iterator[None]:
+    """Attempts side by side that want the same file or folder: one fetches it, the others find it there."""
+    with _targets_lock:
+        mine = _targets.setdefault(target.absolute(), _Target())
+    while not mine.lock.acquire(timeout=0.2):
+        check()
+    try:
+        yield
+    finally:
+        mine.lock.release()
+
+
 class ThroughServer:
     """The worker's data folder is its own. Checkpoints are sent from a thread, so that metrics do not wait for them."""
 
@@ -167,6 +192,8 @@ class ThroughServer:
             with self._preparing(ref.name, check):
                 self._bring_folder("checkpoints", ref.name, _writer(ref), folder, check)
         except PrepareFailed as failed:
+            if not isinstance(failed.__cause__, Refused):
+                raise  # of this machine's own: it says nothing about the checkpoint
             log.warning("%s: %s", self._lease.job_id, failed)
             return False
         return True
@@ -190,12 +217,19 @@ class ThroughServer:
         hashes = {path: file.sha256 for path, file in found.files.items()}
         if found.manifest_sha256 is not None:
             hashes[MANIFEST] = found.manifest_sha256
+        with _alone(folder, check):
+            if not all(_is(folder / path, sha256, check) for path, sha256 in hashes.items()):
+                self._fill(folder, hashes, url, {"of": of}, check)
+
+    def _fill(
+        self, folder: Path, hashes: dict[str, str], url: str, params: Mapping[str, str | None], check: Check
+    ) -> None:
         stage = folder.with_name(f".fetch-{folder.name}")
         for path, sha256 in hashes.items():
             (stage / path).parent.mkdir(parents=True, exist_ok=True)
             if not (stage / path).exists() and _is(folder / path, sha256, check):
                 os.link(folder / path, stage / path)
-            self._bring(f"{url}/{quote(path)}", {"of": of}, stage / path, sha256, check)
+            self._bring(f"{url}/{quote(path)}", params, stage / path, sha256, check)
         trash = folder.with_name(f".trash-{folder.name}")
         shutil.rmtree(trash, ignore_errors=True)
         if folder.exists():
@@ -207,8 +241,13 @@ class ThroughServer:
         self, url: str, params: Mapping[str, str | None], target: Path, sha256: str, check: Check
     ) -> None:
         """Have a file of this hash at its place. Raises Refused, Fenced, OSError, and what `check` raises."""
-        if _is(target, sha256, check):
-            return
+        with _alone(target, check):
+            if not _is(target, sha256, check):
+                self._bring_anew(url, params, target, sha256, check)
+
+    def _bring_anew(
+        self, url: str, params: Mapping[str, str | None], target: Path, sha256: str, check: Check
+    ) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".part-{sha256}")
         for _ in range(MOST_TRIES):

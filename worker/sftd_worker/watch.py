@@ -233,7 +233,7 @@ class Watch:
         total = 0
         for pid in (self._trainer.pid, *family.descendants(self._trainer.pid)):
             with contextlib.suppress(OSError, ValueError):
-                text = Path(f"/proc/{pid}/io").read_text()
+                text = Path(f"/proc/{pid}/io").read_text(errors="replace")
                 counts = dict(line.split(": ") for line in text.splitlines())
                 total += int(counts.get("read_bytes", 0)) + int(counts.get("write_bytes", 0))
         return total

@@ -19,7 +19,7 @@ from sftd_server.db import touch
 from sftd_server.errors import Conflict
 from sftd_server.ids import new_id
 from sftd_server.jobs import dependencies
-from sftd_server.jobs.service import JobInputs, own_job
+from sftd_server.jobs.service import JobInputs, find_job, own_job
 from sftd_server.jobs.states import TERMINAL
 from sftd_server.tables import JobRow
 
@@ -30,11 +30,22 @@ _JOB_ID = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
 log = logging.getLogger("sftd.server")
 
 
+def require_removable(session: Session, job_id: str, caller: Caller) -> None:
+    """A look before anything is begun. Raises NotFound, Forbidden, or Conflict while the job runs."""
+    row = find_job(session, job_id)
+    caller.require_owner(row.owner)
+    _require_at_rest(row)
+
+
+def _require_at_rest(row: JobRow) -> None:
+    if row.state not in (*TERMINAL, JobState.PAUSED, JobState.QUEUED):
+        raise Conflict(f"{row.id} is {row.state}; cancel it first, then delete it.", code="wrong_state")
+
+
 def remove(session: Session, job_id: str, caller: Caller) -> None:
     """Take a job and all that is recorded of it out of the database. Raises Conflict while it runs or is needed."""
     row = own_job(session, job_id, caller)
-    if row.state not in (*TERMINAL, JobState.PAUSED, JobState.QUEUED):
-        raise Conflict(f"{job_id} is {row.state}; cancel it first, then delete it.", code="wrong_state")
+    _require_at_rest(row)
     needed_by = dependencies.needed_by(session, row) or _referred_to_by(session, row)
     if needed_by is not None:
         raise Conflict(
@@ -102,9 +113,10 @@ def existing(session: Session, job_ids: list[str]) -> set[str]:
     return set(session.exec(select(JobRow.id).where(col(JobRow.id).in_(job_ids))))
 
 
-def sweep(jobs: Path, kept: set[str]) -> None:
-    """At a start: finish what was begun. A noted job in `kept` was not deleted after all."""
-    for job_id in noted(jobs):
+def sweep(jobs: Path, found: list[str], kept: set[str]) -> None:
+    """At a start: finish what was begun. `found` were noted then, and those in `kept` not deleted after all. A note that
+    has come since is another's, whose job may live."""
+    for job_id in found:
         if job_id in kept:
             (jobs / f"{_NOTE}{job_id}").unlink(missing_ok=True)
         else:

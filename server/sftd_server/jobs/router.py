@@ -284,7 +284,8 @@ async def delete(
     """Delete a job that is over, paused or queued: all that is recorded of it, and its folder. 409 while it runs (cancel it
     first), and while a job that is not over needs it."""
     jobs = server.folder.path / "jobs"
-    await server.db.read(lambda session: service.find_job(session, job_id))  # no note of what never was
+    # No note of what never was, or what may not go.
+    await server.db.read(lambda session: removal.require_removable(session, job_id, caller))
     left = None if keep_files else await asyncio.to_thread(removal.note, jobs, job_id)
     try:
         await server.db.write(lambda session: removal.remove(session, job_id, caller))

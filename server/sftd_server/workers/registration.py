@@ -9,6 +9,7 @@ from sftd_server.errors import Conflict, Invalid, UpgradeRequired
 from sftd_server.settings import Settings
 from sftd_server.tables import WorkerRow
 from sftd_server.workers.endings import take_back
+from sftd_server.workers.registry import Replaced
 
 
 def check_protocol(worker_id: str, protocol: int) -> None:
@@ -45,7 +46,10 @@ def register(session: Session, *, hello: Hello, settings: Settings, now: datetim
     if hello.replaces_boot_id is not None:
         _replace(session, hello.worker_id, hello.replaces_boot_id, hello.boot_id, settings, now)
     same_name = session.exec(select(WorkerRow).where(WorkerRow.id == hello.worker_id).with_for_update()).all()
-    known = next((row.registered_at for row in same_name if row.boot_id == hello.boot_id), None)
+    here = next((row for row in same_name if row.boot_id == hello.boot_id), None)
+    if here is not None and here.gone_at is not None:
+        raise Replaced(hello.worker_id)
+    known = here.registered_at if here is not None else None
     draining = any(row.draining for row in same_name)  # a worker that is started again drains on
     session.merge(
         WorkerRow(
@@ -75,10 +79,12 @@ def _replace(
             code="replaces_itself",
             param="replaces_boot_id",
         )
-    take_back(session, worker_id=worker_id, boot_id=dead, settings=settings, now=now)
+    # First of all: a claim of the dead process that is under way either comes before this, and is taken back below, or
+    # finds it.
     gone = (
         col(WorkerRow.id) == worker_id,
         col(WorkerRow.boot_id) == dead,
         col(WorkerRow.gone_at).is_(None),
     )
     session.exec(update(WorkerRow).where(*gone).values(gone_at=now))
+    take_back(session, worker_id=worker_id, boot_id=dead, settings=settings, now=now)

@@ -7,7 +7,7 @@ from sqlmodel import Session, col, delete, select, update
 from sftd.protocol import Claim
 from sftd.schemas import Page, Worker
 from sftd_server.db import touch
-from sftd_server.errors import NotFound
+from sftd_server.errors import Conflict, NotFound
 from sftd_server.jobs.scheduling import ALIVE_SECONDS
 from sftd_server.jobs.states import LEASED
 from sftd_server.tables import AttemptRow, JobRow, WorkerRow
@@ -15,12 +15,25 @@ from sftd_server.tables import AttemptRow, JobRow, WorkerRow
 FORGOTTEN_SECONDS = 86400.0  # a process that was not heard of for so long is taken off the list
 
 
+class Replaced(Conflict):
+    """409: another process of the worker has said that this one is dead. It gets no jobs any more."""
+
+    def __init__(self, worker_id: str) -> None:
+        super().__init__(
+            f"This process of worker {worker_id} was replaced by a newer one; start it again.",
+            code="worker_replaced",
+        )
+
+
 def asked(session: Session, claim: Claim, now: datetime) -> WorkerRow | None:
-    """Note that a worker asked for a job, and what it has free; return what is known of it."""
+    """Note that a worker asked for a job, and what it has free; return what is known of it. Raises Replaced."""
     here = (col(WorkerRow.id) == claim.worker_id, col(WorkerRow.boot_id) == claim.boot_id)
     values = {"seen_at": now, "free_gpus": claim.gpus, "disk_free_bytes": claim.disk_free_bytes}
     statement = update(WorkerRow).where(*here).values(**values).returning(WorkerRow)
-    return session.execute(statement).scalars().first()
+    row = session.execute(statement).scalars().first()
+    if row is not None and row.gone_at is not None:
+        raise Replaced(claim.worker_id)
+    return row
 
 
 def seen(session: Session, attempt: AttemptRow, now: datetime) -> None:
