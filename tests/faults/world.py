@@ -186,6 +186,11 @@ class World:
         process.wait()
         self.kills["server"] += 1
 
+    def stop_server(self) -> None:
+        """SIGTERM: what is queued is written, and the log folded into the database."""
+        self.server.signal(signal.SIGTERM)
+        self.server.wait()
+
     def kill_servers(self) -> None:
         """SIGKILL to all of them."""
         for port in self.servers:
