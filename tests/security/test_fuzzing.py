@@ -48,11 +48,13 @@ def test_f23_no_request_breaks_the_server_or_gets_an_undocumented_answer(
     lines = ["[parameters]", *(f'"path.{name}" = "{value}"' for name, value in known.items())]
     config = tmp_path / "schemathesis.toml"
     config.write_text("" if who == "stranger to every id" else "\n".join(lines) + "\n")
+    # What is met without ids that exist is met in the other runs as well: here chance alone.
+    phases = "examples,fuzzing" if who == "stranger to every id" else "examples,coverage,fuzzing"
     key = (box.worker if who == "worker" else box.admin).headers["authorization"]
     command = [
         sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run",
         str(tmp_path / "openapi.json"), "--url", box.url, "-H", f"Authorization: {key}", "-H", f"X-Lease-Token: {token}",
-        "--phases", "examples,coverage,fuzzing", "--max-examples", EXAMPLES, "--seed", "7", "--continue-on-failure",
+        "--phases", phases, "--max-examples", EXAMPLES, "--seed", "7", "--continue-on-failure",
         "--checks", "all", "--exclude-checks", LEFT_OUT[who], "--warnings", "off", "--no-color", "--request-timeout", "20",
     ]  # fmt: skip
 
