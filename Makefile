@@ -2,14 +2,16 @@
 # make test    set up and run all tests
 # make check   what CI checks besides: format, lint, types, arrows, migrations, Dockerfiles
 # make faults  everything killed, stopped, cut off and starved, and a checker over what it did; some minutes
+# make audit   known vulnerabilities of what requirements.lock names; asks the network, so it is not part of CI here
 # make bench   measurements, apart from the tests; each prints JSON lines (about an hour, most of it the peers')
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+AUDIT  := .venv-audit
 
-.PHONY: setup demo test check faults faults-long bench containers clean
+.PHONY: setup demo test check faults faults-long audit bench containers clean
 
 setup: $(READY)
 
@@ -46,6 +48,11 @@ faults-long: setup
 	SFTD_MODEL_STEPS=100000 $(BIN)/python -m pytest tests/server/test_lifecycle_model.py
 	$(BIN)/python -m tests.faults --long $(FAULTS)
 
+# In an environment of its own: the auditor's dependencies are none of ours.
+audit:
+	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install --quiet "pip-audit>=2.9"; }
+	$(AUDIT)/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip $(AUDIT_FLAGS)
+
 bench: setup
 	$(BIN)/python bench/import_time.py
 	$(BIN)/python -m bench.training --case all
@@ -58,4 +65,4 @@ containers: setup
 	bash tests/containers/run.sh
 
 clean:
-	rm -rf $(VENV) demo-data
+	rm -rf $(VENV) $(AUDIT) demo-data

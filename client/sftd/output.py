@@ -27,9 +27,8 @@ def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
         else [v.model_dump(mode="json") for v in value]
     )
     text = json.dumps(whole, indent=2, ensure_ascii=False)
-    if not text.replace(
-        "\n", ""
-    ).isprintable():  # escapes of JSON in the place of what could steer a terminal
+    if not text.replace("\n", "").isprintable():
+        # Escapes of JSON in the place of what could steer a terminal.
         text = "".join(
             char if char == "\n" or char.isprintable() else json.dumps(char)[1:-1] for char in text
         )

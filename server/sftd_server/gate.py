@@ -36,9 +36,8 @@ from sftd_server.server import Server
 MULTIPART_BYTES = 64 * 1024  # room for the frame around an uploaded file
 DRAIN_BYTES = 32 * 1024 * 1024  # of a refused body this much is read, so that the client sees the answer
 DRAIN_SECONDS = 5
-SLOWEST_BYTES_PER_SECOND = (
-    1024  # a body that comes more slowly than this, after its first minute, is given up
-)
+# A body that comes more slowly than this, after its first minute, is given up.
+SLOWEST_BYTES_PER_SECOND = 1024
 
 log = logging.getLogger("sftd.server")
 

@@ -285,6 +285,25 @@ def test_a15_idle_connections_leave_heartbeats_alone(start_process: Callable[...
     assert left <= 350
 
 
+def test_a15_one_address_cannot_take_the_room_of_the_others(start_process: Callable[..., Process]) -> None:
+    process = start_process(SFTD_MAX_CONNECTIONS_PER_ADDRESS="20", SFTD_HEAD_SECONDS="60")
+    with ExitStack() as stack:
+        mine = stack.enter_context(process.raw(""))
+        assert asked(mine)
+        greedy = []
+        for _ in range(100):
+            connection = stack.enter_context(socket.socket())
+            connection.bind(("127.0.0.9", 0))
+            connection.connect(("127.0.0.1", process.port))
+            greedy.append(connection)
+        assert asked(greedy[-1])  # the newest is let in, the one that was idle longest makes room
+        is_open = [not select.select([connection], [], [], 0)[0] for connection in greedy]
+
+        assert sum(is_open) == 20
+        assert all(is_open[-20:])
+        assert asked(mine)
+
+
 def test_a15_a_connection_that_says_nothing_is_closed(start_process: Callable[..., Process]) -> None:
     process = start_process(SFTD_HEAD_SECONDS="1")
     with ExitStack() as stack:
