@@ -208,6 +208,7 @@ def test_the_folder_has_the_agreed_layout(run_job: RunJob) -> None:
     assert all(verify(path) for path in (folder / "checkpoints").iterdir())
     assert verify(folder / "results")
     assert {path.name for path in (folder / "logs").iterdir()} == {
+        ".pulse",  # the sign of life that the agent looks at
         "training_log.txt",
         "events.jsonl",
         "eval_results.json",
