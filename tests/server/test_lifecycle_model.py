@@ -296,8 +296,8 @@ class Life(RuleBasedStateMachine):
         word = Finish.model_validate({"attempt": held.attempt, "state": state, "reason": reason})
         to = state
         if state == "failed":
-            retries = retryable and job.failures + 1 < MAX_FAILURES and job.want == "run"
-            to = "queued" if retries else "failed"
+            retries = retryable and job.failures + 1 < MAX_FAILURES
+            to = {"run": "queued", "pause": "paused"}.get(job.want, "failed") if retries else "failed"
         elif state == "paused":
             to = {"pause": "paused", "cancel": "cancelled"}.get(job.want, "")
         elif state == "cancelled" and job.want != "cancel":

@@ -61,6 +61,7 @@ GUARDS: dict[str, Callable[[Facts], bool]] = {
     "want=run, makes room": lambda facts: facts.want is Want.RUN and facts.makes_room,
     "want=run, lost too often": lambda facts: facts.want is Want.RUN and facts.lost_too_often,
     "may retry": lambda facts: facts.want is Want.RUN and facts.may_retry,
+    "want=pause, may retry": lambda facts: facts.want is Want.PAUSE and facts.may_retry,
 }
 
 _BACK = (
@@ -69,7 +70,7 @@ _BACK = (
 )
 _LOST = (*_BACK, Move(FAILED, "want=run, lost too often"), Move(QUEUED, "want=run"))
 _RELEASED = (*_BACK, Move(QUEUED, "want=run"))
-_FAILED = (Move(QUEUED, "may retry"), Move(FAILED))
+_FAILED = (Move(QUEUED, "may retry"), Move(PAUSED, "want=pause, may retry"), Move(FAILED))
 _TOLD = (Move(STOPPING, "want≠run"), Move(STOPPING, "want=run, makes room"))
 _HELD = (*_BACK, Move(PAUSED, "want=run"))
 _PAUSED = (Move(CANCELLED, "want=cancel"), Move(PAUSED, "want=pause"))

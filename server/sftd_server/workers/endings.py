@@ -53,9 +53,8 @@ def finish(session: Session, holder: Holder, word: Finish, *, settings: Settings
     ends_cancelled = word.state == "paused" and row.want == Want.CANCEL
     note = Note("cancelled" if ends_cancelled else word.state, _last_words(row, word, reason))
     if word.state == "failed":
-        note = Note(
-            "retrying" if may_retry and row.want == Want.RUN else "failed", note.message, {"reason": reason}
-        )
+        comes_to = {Want.RUN: "retrying", Want.PAUSE: "paused"} if may_retry else {}
+        note = Note(comes_to.get(Want(row.want), "failed"), note.message, {"reason": reason})
     if word.state == "paused" and word.pause_reason == "disk_low":
         trigger = Trigger.HOLD
         note, changes = held(row, word)

@@ -53,7 +53,7 @@ def test_a_job_that_loses_too_many_workers_fails_unless_its_user_wanted_an_end_a
 
 @pytest.mark.parametrize("state", LEASED)
 def test_a_failure_that_may_be_retried_queues_the_job_only_while_its_user_wants_it_to_run(state: str) -> None:
-    for want, to in {"run": "queued", "pause": "failed", "cancel": "failed"}.items():
+    for want, to in {"run": "queued", "pause": "paused", "cancel": "failed"}.items():
         facts = Facts(Want(want), may_retry=True)
 
         assert next_state(JobState(state), Trigger.FINISH_FAILED, facts) == to

@@ -96,6 +96,22 @@ def test_a_trainer_that_died_is_tried_again_where_that_is_allowed(make_box) -> N
     assert box.events(lease.job_id).count("retrying") == 1
 
 
+def test_a_trainer_that_died_while_it_was_to_be_paused_does_not_fail_the_job(make_box) -> None:
+    box = make_box(max_failures=2)
+    lease = box.running()
+    box.admin.post(f"/jobs/{lease.job_id}/pause")
+
+    lease.finish("failed", reason="trainer_died")
+
+    assert box.state(lease.job_id) == "paused"
+    assert box.events(lease.job_id)[-1] == "paused"
+    box.admin.post(f"/jobs/{lease.job_id}/resume")
+    again = box.claim()
+    again.start()
+    again.finish("failed", reason="trainer_died")
+    assert box.state(lease.job_id) == "failed"  # the first failure has counted
+
+
 def test_a_mistake_in_the_data_is_never_tried_again(make_box) -> None:
     box = make_box(max_failures=5)
     lease = box.running()
