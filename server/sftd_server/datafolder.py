@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from sftd_server.disk import try_lock
+
 _FOLDERS = ("blobs/sha256", "jobs", "models", "uploads", "locks", "cache", "tmp")
 
 
@@ -118,14 +120,11 @@ class DataFolder:
 
         Raises DataFolderInUse.
         """
-        handle = os.open(self.path / "locks" / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
+        handle = try_lock(self.path / "locks" / "server.lock", shared=shared)
+        if handle is None:
             raise DataFolderInUse(
                 f"Another sftd-server runs on {self.path}; stop it, or choose another folder with --data."
-            ) from None
+            )
         return handle
 
     def read(self, name: str) -> str | None:

@@ -7,11 +7,9 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
+from tests.s3 import new_bucket, s3_server
 
 if TYPE_CHECKING:
     from conftest import Box
@@ -21,10 +19,7 @@ LARGE_BYTES = 400 * 1024 * 1024  # 25 parts: long enough to be killed in between
 
 class Bucket:
     def __init__(self, endpoint: str) -> None:
-        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-        self.s3 = boto3.client("s3", endpoint_url=endpoint, **keys)
-        self.name = f"b{uuid4().hex[:20]}"
-        self.s3.create_bucket(Bucket=self.name)
+        self.s3, self.name = new_bucket(endpoint)
         self.environment = {
             "SFTD_ARTIFACTS_URL": f"s3://{self.name}/sftd",
             "SFTD_MIRROR_SECONDS": "0.2",
@@ -51,11 +46,8 @@ class Bucket:
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_server() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from sftd_server.admin import AdminError
 from sftd_server.admin.recorded import RecordedFile, fault_of, recorded_files
 from sftd_server.admin.transfer import copy_all
 from sftd_server.datafolder import DataFolder
+from sftd_server.disk import fsync
 from sftd_server.engines import is_shared, make_engine
 from sftd_server.settings import Settings
 
@@ -59,7 +60,7 @@ def backup(settings: Settings, destination: Path, *, quick: bool, say: Say) -> l
         _write_note(part, faults)
         _sync_folders(part)
         os.rename(part, destination)
-        _sync(destination.parent)
+        fsync(destination.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -88,7 +89,7 @@ def restore(settings: Settings, source: Path, *, quick: bool, say: Say) -> None:
         inside = _restore_database(settings, source / DATABASE, part, say)
         _sync_folders(part)
         os.rename(part, folder)  # takes the place of an empty folder
-        _sync(folder.parent)
+        fsync(folder.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -143,7 +144,7 @@ def _copy_database(url: str, to: Path) -> None:
             original.backup(copy)
     with closing(sqlite3.connect(to)) as copy:
         copy.execute("PRAGMA journal_mode=DELETE")  # one file, without a log beside it
-    _sync(to)
+    fsync(to)
 
 
 def _restore_database(settings: Settings, file: Path, part: Path, say: Say) -> bool:
@@ -216,7 +217,7 @@ def _copy(path: Path, to: Path) -> None:
     to.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     shutil.copyfile(path, to, follow_symlinks=False)
     os.chmod(to, 0o600)
-    _sync(to)
+    fsync(to)
 
 
 def _num_files(folder: Path) -> int:
@@ -226,15 +227,7 @@ def _num_files(folder: Path) -> int:
 def _sync_folders(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         if path.is_dir():
-            _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            fsync(path)
 
 
 # ---------------------------------------------------------------- what it says of itself
@@ -250,7 +243,7 @@ def _write_note(folder: Path, faults: list[str]) -> None:
     }
     path = folder / NOTE
     path.write_text(json.dumps(note, indent=2) + "\n")
-    _sync(path)
+    fsync(path)
 
 
 def _read_note(folder: Path) -> dict[str, list[str]]:

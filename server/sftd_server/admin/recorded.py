@@ -1,6 +1,5 @@
 """Files that the database says are there: uploads, whole checkpoints, results."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,8 @@ from sqlmodel import Session, col, select
 
 from sftd.schemas import ManifestFile
 from sftd_server.datafolder import DataFolder
+from sftd_server.disk import hash_of
 from sftd_server.tables import CheckpointRow, FileRow, JobRow, StoredRow
-
-PIECE = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,10 @@ def fault_of(file: RecordedFile, data: Path, *, deep: bool) -> str | None:
         size = path.stat().st_size
         if size != file.bytes:
             return f"has {size} bytes, {file.bytes} are on record"
-        if deep and _sha256(path) != file.sha256:
+        if deep and hash_of(path) != file.sha256:
             return "differs from what is on record: its hash is another"
     except FileNotFoundError:
         return None if file.in_store else "is not there"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as content:
-        while piece := content.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -6,7 +6,6 @@ after a kill. One server at a time does this (a lock in the data folder); all ma
 """
 
 import asyncio
-import fcntl
 import functools
 import hashlib
 import io
@@ -24,8 +23,9 @@ from sqlmodel import Session, col, delete, select, update
 
 from sftd.schemas import JobState
 from sftd_server.artifacts.store import Store, StoreError, WrongContent
-from sftd_server.datafolder import DataFolder, open_beneath
+from sftd_server.datafolder import open_beneath
 from sftd_server.db import DatabaseClosed
+from sftd_server.disk import try_lock
 from sftd_server.server import Server
 from sftd_server.tables import CheckpointRow, FileRow, JobRow, StoredRow
 
@@ -99,7 +99,7 @@ class Mirror:
 
     async def tick(self) -> int:
         """Send what is missing, once through; now and then sweep. Returns how many blobs were sent."""
-        lock = _lock(self._server.folder)
+        lock = try_lock(self._server.folder.path / "locks" / "mirror.lock")
         if lock is None:  # another server is at it
             return 0
         try:
@@ -369,17 +369,6 @@ class _Stoppable:
         if self._stop.is_set():
             raise Stopped("the server is stopping")
         return self._file.read(size)
-
-
-def _lock(folder: DataFolder) -> int | None:
-    """Be the one server that mirrors. None: another is. The lock ends with the process."""
-    handle = os.open(folder.path / "locks" / "mirror.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
 
 
 def _expected(error: Exception) -> bool:

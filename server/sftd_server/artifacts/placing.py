@@ -17,8 +17,8 @@ from sqlmodel import Session, col, func, select
 from sftd.protocol import ArtifactPath, CheckpointReport, Finish
 from sftd.schemas import ManifestFile
 from sftd_server.artifacts.rights import held
-from sftd_server.artifacts.store import fsync_folder
-from sftd_server.artifacts.uploads import Uploads, hash_of
+from sftd_server.artifacts.uploads import Uploads
+from sftd_server.disk import fsync, hash_of
 from sftd_server.errors import Invalid
 from sftd_server.server import Server
 from sftd_server.tables import CheckpointRow
@@ -139,12 +139,12 @@ def _place(
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.link(uploads.blob(holder.job_id, sha256), path)
     for folder in [*(path for path in stage.rglob("*") if path.is_dir()), stage]:
-        fsync_folder(folder)
+        fsync(folder)
     if target.exists():
         target.rename(trash)
     stage.rename(target)
-    fsync_folder(parent)
-    fsync_folder(parent.parent)
+    fsync(parent)
+    fsync(parent.parent)
     shutil.rmtree(trash, ignore_errors=True)
 
 

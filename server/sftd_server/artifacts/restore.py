@@ -13,8 +13,9 @@ from uuid import uuid4
 
 from sftd.schemas import ManifestFile
 from sftd_server.artifacts.shelf import Shelf
-from sftd_server.artifacts.store import Store, StoreError, WrongContent, fsync_folder
-from sftd_server.artifacts.uploads import Uploads, hash_of
+from sftd_server.artifacts.store import Store, StoreError, WrongContent
+from sftd_server.artifacts.uploads import Uploads
+from sftd_server.disk import fsync, hash_of
 from sftd_server.errors import NotFound, Unavailable
 
 MANIFEST = "manifest.json"
@@ -60,11 +61,11 @@ class Restorer:
             for name, sha256 in wanted.items():
                 self._fetch(stage / name, target / name, sha256)
             for below in [*(path for path in stage.rglob("*") if path.is_dir()), stage]:
-                fsync_folder(below)
+                fsync(below)
             if target.exists():
                 target.rename(trash)
             stage.rename(target)
-            fsync_folder(target.parent)
+            fsync(target.parent)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
             shutil.rmtree(trash, ignore_errors=True)
@@ -115,6 +116,6 @@ def bring_blob(shelf: Shelf, folder: str, name: str, sha256: str) -> None:
     try:
         fetch_blob(shelf.store, sha256, temporary)
         os.replace(temporary, target)
-        fsync_folder(target.parent)
+        fsync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)

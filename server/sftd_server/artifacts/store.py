@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
+from sftd_server.disk import fsync
 from sftd_server.settings import Settings, SettingsError
 
 PIECE = 1024 * 1024
@@ -182,7 +183,7 @@ class Store:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        fsync_folder(path.parent)
+        fsync(path.parent)
 
     def _remove(self, key: str, *, recursive: bool) -> None:
         with _store_errors():
@@ -211,15 +212,6 @@ def open_store(settings: Settings) -> Store | None:
     except (TypeError, ValueError) as error:
         raise SettingsError(f"SFTD_ARTIFACTS_OPTIONS: {error}") from None
     return Store(filesystem, filesystem._strip_protocol(url), is_local=protocol == "file")
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder last."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _checked(content: Readable, sha256: str, size: int) -> Iterator[bytes]:

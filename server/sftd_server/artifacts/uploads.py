@@ -6,8 +6,6 @@ been hashed and fsynced. `placing` says how they become a checkpoint or a result
 
 import asyncio
 import contextlib
-import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -18,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sftd_server.artifacts.store import PIECE, fsync_folder
 from sftd_server.datafolder import DataFolder
+from sftd_server.disk import fsync, hash_of, try_lock
 from sftd_server.errors import DiskFull, Invalid, TooLarge, Unavailable
 from sftd_server.settings import Settings
 
@@ -106,16 +104,14 @@ class Uploads:
     def lock(self, job_id: str) -> Iterator[None]:
         """One at a time for a job, in whichever server process. Raises Unavailable where another is at it."""
         self.of_job(job_id).mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle = os.open(self.of_job(job_id) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = self.of_job(job_id) / ".lock"
+        busy = Unavailable("Another call works on this job's uploads; try again.", code="upload_busy")
+        handle = try_lock(path)
+        if handle is None:
+            raise busy
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.path.samestat(os.fstat(handle), os.stat(self.of_job(job_id) / ".lock")):
-                    raise BlockingIOError  # the sweep took it away between the two
-            except OSError:
-                raise Unavailable(
-                    "Another call works on this job's uploads; try again.", code="upload_busy"
-                ) from None
+            if not _lies_at(handle, path):  # the sweep took it away between the two
+                raise busy
             yield
         finally:
             os.close(handle)
@@ -201,20 +197,18 @@ class Uploads:
                 code="wrong_hash",
                 param="sha256",
             )
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync(part)
         part.rename(self.blob(job_id, sha256))
-        fsync_folder(self.of_job(job_id))
+        fsync(self.of_job(job_id))
         return Progress(size, whole=True)
 
 
-def hash_of(path: Path) -> str:
-    """The sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+def _lies_at(handle: int, path: Path) -> bool:
+    """Whether an opened file still is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
 
 
 def _link_if_right(found: Path, blob: Path, sha256: str) -> bool:

@@ -14,6 +14,7 @@ from sqlmodel import Session, col, delete, func, select
 from sftd.rows import FileSummary, RowsInvalid, check_file
 from sftd.schemas import File, JobState, Page
 from sftd_server.auth import Caller
+from sftd_server.disk import fsync
 from sftd_server.errors import Conflict, Invalid, NotFound, UnsupportedMedia
 from sftd_server.files.upload import Upload
 from sftd_server.ids import new_id
@@ -162,14 +163,9 @@ def _refuse_containers(upload: Upload) -> None:
 def _publish(temporary: Path, blob: Path) -> None:
     """Put the content in its place for good: on disk first, then under its name."""
     blob.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with temporary.open("rb") as content:
-        os.fsync(content.fileno())
+    fsync(temporary)
     os.replace(temporary, blob)
-    folder = os.open(blob.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    fsync(blob.parent)
 
 
 def _find(session: Session, file_id: str, *, lock: bool = False) -> FileRow:

@@ -35,10 +35,14 @@ class Ending:
 # ---------------------------------------------------------------- attempts
 
 
-def live_attempt(session: Session, row: JobRow) -> AttemptRow | None:
+def live_attempt(session: Session, row: JobRow, *, lock: bool = False) -> AttemptRow | None:
     """The attempt that holds the job now."""
-    query = select(AttemptRow).where(AttemptRow.job == row.number, AttemptRow.attempt == row.attempt)
-    return session.exec(query.where(col(AttemptRow.outcome).is_(None))).first()
+    query = (
+        select(AttemptRow)
+        .where(AttemptRow.job == row.number, AttemptRow.attempt == row.attempt)
+        .where(col(AttemptRow.outcome).is_(None))
+    )
+    return session.exec(query.with_for_update() if lock else query).first()
 
 
 def held_seconds(attempt: AttemptRow | None, now: datetime) -> float:
@@ -50,12 +54,7 @@ def held_seconds(attempt: AttemptRow | None, now: datetime) -> float:
 
 def end_attempt(session: Session, row: JobRow, ended: Ending, *, half_life_seconds: float) -> None:
     """Write down how the job's attempt ended, and charge the job and its owner for it."""
-    query = (
-        select(AttemptRow)
-        .where(AttemptRow.job == row.number, AttemptRow.attempt == row.attempt)
-        .where(col(AttemptRow.outcome).is_(None))
-    )
-    attempt = session.exec(query.with_for_update()).first()
+    attempt = live_attempt(session, row, lock=True)
     if attempt is None:
         return
     here = (col(AttemptRow.job) == attempt.job, col(AttemptRow.attempt) == attempt.attempt)

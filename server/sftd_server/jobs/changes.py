@@ -16,7 +16,7 @@ from sftd_server.db import touch
 from sftd_server.errors import Conflict, Forbidden, Invalid
 from sftd_server.jobs import dependencies, scheduling
 from sftd_server.jobs.queries import checkpoint_answer, whole_checkpoint
-from sftd_server.jobs.service import Note, add_event, own_job, update_seen
+from sftd_server.jobs.service import Note, add_event, changeable_columns, own_job, update_seen
 from sftd_server.jobs.states import TERMINAL
 from sftd_server.mistakes import Mistake, mistakes_of
 from sftd_server.settings import Settings
@@ -51,16 +51,7 @@ def change(
     if "after" in changed:
         _require_no_circle(session, row, spec)
         dependencies.replace(session, row, spec.after)
-    columns = {
-        "spec": spec.model_dump_json(),
-        "name": spec.name,
-        "labels": spec.metadata,
-        "priority": spec.priority,
-        "requires": spec.requires.model_dump(mode="json") if spec.requires else None,
-        "max_seconds": spec.max_seconds,
-        "max_gpu_seconds": spec.max_gpu_seconds,
-        "max_tokens": spec.max_tokens,
-    }
+    columns = changeable_columns(spec)
     if "priority" in changed:
         columns["queue_rank"] = 0  # its rank was among jobs of the other priority
     update_seen(session, row, columns)

@@ -110,22 +110,15 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
         owner=submission.owner,
         idempotency_key=submission.idempotency_key,
         body_sha256=submission.body_sha256,
-        name=spec.name,
-        priority=spec.priority,
         gpus=spec.gpus,
         base_model=spec.base_model,
         method=spec.method,
-        spec=spec.model_dump_json(),
-        labels=spec.metadata,
+        **changeable_columns(spec),
         inputs=submission.inputs.model_dump(mode="json"),
         created_at=now,
         state=JobState.QUEUED,
         queued_at=now,
         not_before=now,
-        requires=spec.requires.model_dump(mode="json") if spec.requires else None,
-        max_seconds=spec.max_seconds,
-        max_gpu_seconds=spec.max_gpu_seconds,
-        max_tokens=spec.max_tokens,
         retry_of=origin.retry_of,
         clone_of=origin.clone_of,
         seed_job=origin.seed_job,
@@ -138,6 +131,20 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
     add_event(session, row, Note("queued", origin.verb), now)
     touch(session, "queue")
     return row.id
+
+
+def changeable_columns(spec: JobSpec) -> dict[str, Any]:  # columns of several types
+    """The spec as it is stored, and the columns that repeat what may change of it."""
+    return {
+        "spec": spec.model_dump_json(),
+        "name": spec.name,
+        "labels": spec.metadata,
+        "priority": spec.priority,
+        "requires": spec.requires.model_dump(mode="json") if spec.requires else None,
+        "max_seconds": spec.max_seconds,
+        "max_gpu_seconds": spec.max_gpu_seconds,
+        "max_tokens": spec.max_tokens,
+    }
 
 
 def _require_files(session: Session, inputs: JobInputs) -> None:

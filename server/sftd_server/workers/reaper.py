@@ -4,7 +4,7 @@ import asyncio
 import functools
 import logging
 import shutil
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy import text
 from sqlmodel import Session, col, delete, select, update
@@ -14,9 +14,9 @@ from sftd_server.db import DatabaseClosed
 from sftd_server.errors import is_database_away, is_database_busy
 from sftd_server.jobs.service import Note
 from sftd_server.server import Server
+from sftd_server.settings import Settings
 from sftd_server.tables import ServerRow
-from sftd_server.workers import endings, leases, space
-from sftd_server.workers.upkeep import upkeep
+from sftd_server.workers import endings, leases, preemption, registry, space
 
 JUMP_SECONDS = 2.0
 SPACE_SECONDS = 3.0  # how often space is looked for that jobs wait for
@@ -90,7 +90,7 @@ class Reaper:
         if monotonic - self._started < settings.lease_seconds:
             return 0
         num_lost = await db.write(functools.partial(endings.reap, settings=settings, now=wall))
-        await db.write(functools.partial(upkeep, settings=settings, now=wall))
+        await db.write(functools.partial(_look_after_queue, settings=settings, now=wall))
         return num_lost
 
     async def _look_for_space(self) -> None:
@@ -106,6 +106,12 @@ class Reaper:
             leases.extend_all, settings=self._server.settings, now=self._server.clock.now(), note=note
         )
         await self._server.db.write(work)
+
+
+def _look_after_queue(session: Session, *, settings: Settings, now: datetime) -> None:
+    """Have room made for jobs that wait, and take workers off the list that are long gone."""
+    preemption.make_room(session, settings, now)
+    registry.forget(session, now)
 
 
 # ---------------------------------------------------------------- which servers there are

@@ -4,13 +4,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
-
-CREDENTIALS = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+from tests.s3 import new_bucket, s3_server
 
 
 @dataclass
@@ -48,16 +44,10 @@ class Bucket:
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_server() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
 def bucket(moto: str) -> Bucket:
-    client = boto3.client("s3", endpoint_url=moto, **CREDENTIALS)
-    name = f"b{uuid4().hex[:20]}"
-    client.create_bucket(Bucket=name)
-    return Bucket(client, name, moto)
+    return Bucket(*new_bucket(moto), moto)

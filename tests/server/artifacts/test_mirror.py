@@ -14,6 +14,7 @@ from sqlmodel import select
 
 from sftd_server.artifacts.mirror import Mirror, is_safely_stored
 from sftd_server.artifacts.store import PART_BYTES, StoreError, WrongContent, open_store
+from sftd_server.disk import try_lock
 from sftd_server.settings import Settings, SettingsError, read_settings
 from sftd_server.tables import CheckpointRow, StoredRow
 
@@ -195,11 +196,9 @@ def test_another_installation_does_not_use_the_prefix(make_box, bucket) -> None:
 
 
 def test_one_server_at_a_time_mirrors(make_box, bucket) -> None:
-    from sftd_server.artifacts import mirror as module
-
     box = make_box(**bucket.settings)
     checkpoint(box, box.running(), 5)
-    held = module._lock(box.server.folder)
+    held = try_lock(box.server.folder.path / "locks" / "mirror.lock")
     assert held is not None
 
     assert mirror(box) == 0
