@@ -18,6 +18,7 @@ from sqlmodel import Session, col, func, select
 
 from sftd.protocol import TRAINER_LINES_FILE
 from sftd.schemas import StorageItem
+from sftd_server.jobs.accounts import is_newest_attempt
 from sftd_server.jobs.service import JobInputs
 from sftd_server.jobs.states import LEASED, TERMINAL
 from sftd_server.sweep import ORPHAN_AGE, tree_bytes
@@ -201,8 +202,8 @@ def cache_needed_since(session: Session, now: datetime) -> datetime:
     """What of the cache was used since then may be in use now."""
     query = (
         select(func.min(AttemptRow.claimed_at))
-        .join(JobRow, col(JobRow.number) == col(AttemptRow.job))
-        .where(col(JobRow.state).in_(LEASED), AttemptRow.attempt == JobRow.attempt)
+        .join(JobRow, is_newest_attempt())
+        .where(col(JobRow.state).in_(LEASED))
     )
     earliest = session.exec(query).one()
     return (earliest or now) - ACCESS_LAG

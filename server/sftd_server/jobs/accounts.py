@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import bindparam, text
-from sqlmodel import Session, col, func, select, update
+from sqlalchemy import ColumnElement, bindparam, text
+from sqlmodel import Session, and_, col, func, select, update
 
 from sftd.protocol import InputFile
 from sftd.schemas import PauseReason
@@ -33,6 +33,11 @@ class Ending:
 
 
 # ---------------------------------------------------------------- attempts
+
+
+def is_newest_attempt() -> ColumnElement[bool]:
+    """A condition for joining attempts to jobs: the newest of each, which holds the job while the job is leased."""
+    return and_(col(AttemptRow.job) == col(JobRow.number), col(AttemptRow.attempt) == col(JobRow.attempt))
 
 
 def live_attempt(session: Session, row: JobRow, *, lock: bool = False) -> AttemptRow | None:

@@ -160,7 +160,7 @@ def usage(session: Session, settings: Settings, now: datetime) -> dict[str, floa
     used = {row.owner: accounts.decayed(row, now, half_life) for row in session.exec(select(UsageRow))}
     held = (
         select(JobRow.owner, AttemptRow.gpus, AttemptRow.claimed_at)
-        .join(AttemptRow, _is_live())
+        .join(AttemptRow, accounts.is_newest_attempt())
         .where(col(JobRow.state).in_(LEASED))
     )
     for owner, gpus, claimed_at in session.exec(held):
@@ -239,16 +239,12 @@ def held_slots(session: Session) -> dict[tuple[str, str], int]:
     held: dict[tuple[str, str], int] = {}
     query = (
         select(AttemptRow.worker_id, AttemptRow.boot_id, AttemptRow.gpus)
-        .join(JobRow, _is_live())
+        .join(JobRow, accounts.is_newest_attempt())
         .where(col(JobRow.state).in_(LEASED))
     )
     for worker_id, boot_id, gpus in session.exec(query):
         held[worker_id, boot_id] = held.get((worker_id, boot_id), 0) + gpus
     return held
-
-
-def _is_live() -> ColumnElement[bool]:
-    return and_(col(AttemptRow.job) == col(JobRow.number), col(AttemptRow.attempt) == col(JobRow.attempt))
 
 
 # ---------------------------------------------------------------- the choice
@@ -291,7 +287,7 @@ def is_kept_for(session: Session, job: Waiting, place: Place, settings: Settings
     room for it, else the one with the most free."""
     makers = session.exec(
         select(AttemptRow.worker_id, AttemptRow.boot_id)
-        .join(JobRow, _is_live())
+        .join(JobRow, accounts.is_newest_attempt())
         .where(col(JobRow.state).in_(LEASED), JobRow.yield_to == job.id)
     ).all()
     if makers:

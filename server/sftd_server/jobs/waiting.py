@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from sqlalchemy import case
+from sqlalchemy import ColumnElement, case
 from sqlmodel import Session, col, func, select
 
 from sftd.schemas import JobState
@@ -139,29 +139,24 @@ class Queue:
 
     # ------------------------------------------------------------ the others
 
-    def _ahead(self, row: JobRow) -> tuple[int, int, int]:
+    def _who_goes_first(self, row: JobRow) -> str:
         """How many jobs that could run go first: by priority, by rank, by fair share or age."""
         before = scheduling.comes_before(self._session, row, self._settings, self.used, self._now)
         ready = select(func.count()).select_from(JobRow).where(scheduling.is_ready(self._now))
         by_priority, by_rank, by_share = (self._session.exec(ready.where(c)).one() for c in before)
-        return by_priority, by_rank, by_share
-
-    def _who_goes_first(self, row: JobRow) -> str:
-        by_priority, by_rank, by_share = self._ahead(row)
         reasons = []
         if by_priority:
             reasons.append(f"{by_priority} of higher priority")
         if by_rank:
             reasons.append(f"{by_rank} that a worker gave back or somebody moved ahead")
         if by_share:
-            reasons.append(f"{by_share} {self._by_share(row)}")
+            reasons.append(f"{by_share} {self._by_share(row, before[2])}")
         num = by_priority + by_rank + by_share
         return f"{num} {'job goes' if num == 1 else 'jobs go'} first: {', '.join(reasons)}." if num else ""
 
-    def _by_share(self, row: JobRow) -> str:
+    def _by_share(self, row: JobRow, by_share: ColumnElement[bool]) -> str:
         if not self._settings.fair_share:
             return "posted earlier"
-        *_, by_share = scheduling.comes_before(self._session, row, self._settings, self.used, self._now)
         owners = self._session.exec(
             select(JobRow.owner).where(scheduling.is_ready(self._now), by_share).distinct()
         ).all()

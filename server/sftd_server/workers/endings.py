@@ -8,6 +8,7 @@ from sftd.protocol import Finish, Release
 from sftd.schemas import FailureReason, JobState, Want
 from sftd_server.db import touch
 from sftd_server.errors import Conflict
+from sftd_server.jobs.accounts import is_newest_attempt
 from sftd_server.jobs.queries import whole_checkpoints
 from sftd_server.jobs.service import Note, move
 from sftd_server.jobs.states import LEASED, Trigger
@@ -33,21 +34,19 @@ def finish(session: Session, holder: Holder, word: Finish, *, settings: Settings
         return
     row = fenced(session, holder)
     reason = word.reason or FailureReason.TRAINER_ERROR
-    failures = row.failures + 1
-    may_retry = reason in RETRYABLE and failures < settings.max_failures
     trigger = _FINISH[word.state]
     values: dict[str, object] = {"needs_disk_bytes": None}  # what it went on with counts for one attempt
-    if word.state == "failed" and reason is FailureReason.STALLED:
-        stalls = stalls_with_this(session, row)
-        may_retry = stalls <= settings.max_stalls
-        values |= _failure_values(session, row, reason, word.message, word.log_tail) | {"stalls": stalls}
+    may_retry = False
+    if word.state == "failed":
+        if reason is FailureReason.STALLED:
+            counter, count = "stalls", stalls_with_this(session, row)
+            may_retry = count <= settings.max_stalls
+        else:
+            counter, count = "failures", row.failures + 1
+            may_retry = reason in RETRYABLE and count < settings.max_failures
+        values |= _failure_values(session, row, reason, word.message, word.log_tail) | {counter: count}
         if may_retry:
-            values["not_before"] = now + backoff(settings, stalls)
-    elif word.state == "failed":
-        values |= _failure_values(session, row, reason, word.message, word.log_tail)
-        values["failures"] = failures
-        if may_retry:
-            values["not_before"] = now + backoff(settings, failures)
+            values["not_before"] = now + backoff(settings, count)
     elif word.state == "succeeded":
         values["result"] = {name: file.model_dump() for name, file in word.files.items()}
     ends_cancelled = word.state == "paused" and row.want == Want.CANCEL
@@ -188,10 +187,7 @@ def take_back(session: Session, *, worker_id: str, boot_id: str, settings: Setti
     """A process of a worker is known to be dead: its jobs go on at once. Returns how many those were."""
     query = (
         select(JobRow)
-        .join(
-            AttemptRow,
-            and_(col(AttemptRow.job) == col(JobRow.number), col(AttemptRow.attempt) == col(JobRow.attempt)),
-        )
+        .join(AttemptRow, is_newest_attempt())
         .where(
             col(JobRow.state).in_(LEASED), AttemptRow.worker_id == worker_id, AttemptRow.boot_id == boot_id
         )

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import ColumnElement
-from sqlmodel import Session, and_, col, select, update
+from sqlmodel import Session, col, select, update
 
 from sftd.schemas import JobState, Want
 from sftd_server.db import touch
-from sftd_server.jobs import scheduling
+from sftd_server.jobs import accounts, scheduling
 from sftd_server.jobs.scheduling import YIELDS_SINCE, Place, Waiting
 from sftd_server.jobs.service import Note, add_event
 from sftd_server.jobs.states import LEASED
@@ -82,10 +82,7 @@ def _call_off(session: Session, settings: Settings) -> set[str]:
 def _running(session: Session, now: datetime) -> list[_Running]:
     query = (
         select(JobRow, AttemptRow)
-        .join(
-            AttemptRow,
-            and_(col(AttemptRow.job) == col(JobRow.number), col(AttemptRow.attempt) == col(JobRow.attempt)),
-        )
+        .join(AttemptRow, accounts.is_newest_attempt())
         .where(JobRow.state == JobState.RUNNING, JobRow.want == Want.RUN, col(JobRow.yield_to).is_(None))
         .where(col(AttemptRow.protocol) >= YIELDS_SINCE)
         .where(col(AttemptRow.started_at) <= now - timedelta(seconds=MIN_RUN_SECONDS))

@@ -8,6 +8,7 @@ from sftd.protocol import Claim
 from sftd.schemas import Page, Worker
 from sftd_server.db import touch
 from sftd_server.errors import Conflict, NotFound
+from sftd_server.jobs.accounts import is_newest_attempt
 from sftd_server.jobs.scheduling import ALIVE_SECONDS
 from sftd_server.jobs.states import LEASED
 from sftd_server.tables import AttemptRow, JobRow, WorkerRow
@@ -66,10 +67,9 @@ def forget(session: Session, now: datetime) -> None:
 def workers(session: Session, now: datetime) -> Page[Worker]:
     """All worker processes, the newest first."""
     held: dict[tuple[str, str], list[str]] = {}
-    live = (col(AttemptRow.job) == col(JobRow.number), col(AttemptRow.attempt) == col(JobRow.attempt))
     query = (
         select(AttemptRow.worker_id, AttemptRow.boot_id, JobRow.id)
-        .join(JobRow, live[0] & live[1])
+        .join(JobRow, is_newest_attempt())
         .where(col(JobRow.state).in_(LEASED))
         .order_by(col(JobRow.number))
     )
