@@ -83,7 +83,11 @@ def slow(line: Run) -> None:
 
 
 class Idlers:
-    """Connections that send a request a byte at a time, half a request, or nothing."""
+    """Connections of a stranger that send a request a byte at a time, half a request, or nothing.
+
+    They come from an address of their own: where one address has too many, its own idle ones make room, and that may be
+    one whose request has not been read yet.
+    """
 
     def __init__(self, port: int, *, count: int) -> None:
         self.count = count
@@ -92,7 +96,9 @@ class Idlers:
         self._sockets = []
         for _ in range(count):
             with contextlib.suppress(OSError):
-                self._sockets.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+                self._sockets.append(
+                    socket.create_connection(("127.0.0.1", port), timeout=5, source_address=("127.0.0.2", 0))
+                )
         self._thread = threading.Thread(target=self._drip, daemon=True)
         self._thread.start()
 
