@@ -18,6 +18,36 @@ class Clock:
         return time.monotonic()
 
 
+class ClockWatch:
+    """Notices where the wall clock and the monotonic clock part: it was set, or the machine was suspended."""
+
+    JUMP_SECONDS = 2.0  # less is drift
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._seen: tuple[datetime, float] | None = None
+        self.steady_since = 0.0  # by the monotonic clock: the start, or the last jump
+
+    def begin(self) -> None:
+        """The clock counts from now on."""
+        self.settle()
+        self.steady_since = self._clock.monotonic()
+
+    def jump(self) -> float:
+        """By how many seconds the clock has jumped since it was last settled; 0 where it did not."""
+        if self._seen is None:
+            return 0.0
+        wall, monotonic = self._seen
+        jump = (self._clock.now() - wall).total_seconds() - (self._clock.monotonic() - monotonic)
+        return jump if abs(jump) > self.JUMP_SECONDS else 0.0
+
+    def settle(self) -> None:
+        """What the clock says now is what it is compared with from here on."""
+        if self.jump():
+            self.steady_since = self._clock.monotonic()
+        self._seen = self._clock.now(), self._clock.monotonic()
+
+
 class DatabaseClock(Clock):
     """The database's clock, for servers that share one: this machine's own may be wrong, and never decides.
 

@@ -17,7 +17,7 @@ from sftd_server.artifacts.store import open_store
 from sftd_server.artifacts.uploads import Uploads
 from sftd_server.auth import Keyring
 from sftd_server.ballast import DiskRoom
-from sftd_server.clock import Clock, DatabaseClock
+from sftd_server.clock import Clock, ClockWatch, DatabaseClock
 from sftd_server.datafolder import DataFolder, FolderLock
 from sftd_server.db import Database
 from sftd_server.hosts import Hosts
@@ -36,6 +36,8 @@ class Server:
         self.folder = DataFolder(settings.data)
         self.db = Database(settings.database_url)
         self.clock = clock or (DatabaseClock() if self.db.shared else Clock())
+        self.clock_watch = ClockWatch(self.clock)
+        self.clock_change = asyncio.Lock()  # held while a jump of the clock is made good
         self.disk = DiskRoom(settings)
         self.db.make_room = self.disk.make_room
         self.keyring = Keyring(self.db, self.clock)

@@ -238,6 +238,7 @@ def test_a15_idle_connections_leave_heartbeats_alone(start_process: Callable[...
     file_id = process.user.post("/files", files={"file": b'{"text": "a"}'}).json()["id"]
     process.user.post("/jobs", json={"base_model": "o/m", "training_file": file_id})
     claim = {"worker_id": "w", "boot_id": "b", "request_id": "r", "gpus": 1, "wait_seconds": 0}
+    worker.post("/worker/register", json={"worker_id": "w", "boot_id": "b", "gpus": 1, "device": "cpu"})
     lease = worker.post("/worker/claim", json=claim).json()
     took: list[float] = []
     held: list[int] = []

@@ -273,6 +273,8 @@ def test_a19_a_worker_of_its_own_key_is_shut_out_by_deleting_it(box, assert_erro
     made = box.admin.post("/keys", json={"name": "gpu-box-2", "role": "worker"}).json()
     client = box.client(made["secret"])
     claim = {"worker_id": "w9", "boot_id": "b", "request_id": "r", "gpus": 1, "wait_seconds": 0}
+    hello = {"worker_id": "w9", "boot_id": "b", "gpus": 1, "device": "cuda"}
+    assert client.post("/worker/register", json=hello).status_code == 200
     assert client.post("/worker/claim", json=claim).status_code == 204
 
     assert box.admin.delete(f"/keys/{made['id']}").status_code == 204

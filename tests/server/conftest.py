@@ -111,6 +111,7 @@ class Box:
     thread: threading.Thread
     clients: list[httpx.Client] = field(default_factory=list)
     num_claims: int = 0
+    registered: set[tuple[str, str]] = field(default_factory=set)
 
     def client(self, key: str | None) -> httpx.Client:
         headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -159,11 +160,15 @@ class Box:
 
     def register(self, worker_id: str = "w1", **more: Any) -> httpx.Response:
         """Make a worker known, which then claims under the boot id `b1`."""
+        self.registered.add((worker_id, more.get("boot_id", "b1")))
         hello = {"worker_id": worker_id, "boot_id": "b1", "gpus": 1, "device": "cuda", "protocol": 2, **more}
         return self.worker.post("/worker/register", json=hello)
 
     def try_claim(self, worker_id: str = "w1", request_id: str | None = None, **more: Any) -> httpx.Response:
         self.num_claims += 1
+        if (worker_id, more.get("boot_id", "b1")) not in self.registered:
+            given = {name: more[name] for name in ("boot_id", "gpus") if name in more}
+            self.register(worker_id, installation_id=self.server.installation_id, **given)
         body = {"worker_id": worker_id, "boot_id": "b1", "gpus": 1, "wait_seconds": 0, **more}
         return self.worker.post(
             "/worker/claim", json={"request_id": request_id or f"r{self.num_claims}", **body}

@@ -46,6 +46,7 @@ def running_job(client: httpx.Client, data: Path) -> tuple[str, dict[str, str], 
     secret = (data / "worker.key").read_text().strip()
     worker = httpx.Client(base_url=client.base_url, headers={"authorization": f"Bearer {secret}"}, timeout=20)
     claim = {"worker_id": "w", "boot_id": "b", "request_id": "r", "gpus": 1, "wait_seconds": 0}
+    worker.post("/worker/register", json={"worker_id": "w", "boot_id": "b", "gpus": 1, "device": "cpu"})
     lease = worker.post("/worker/claim", json=claim).json()
     token = {"x-lease-token": lease["token"]}
     url = f"/worker/jobs/{lease['job_id']}"

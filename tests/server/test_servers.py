@@ -49,15 +49,15 @@ class Process:
         return str(answer.json()["id"])
 
     def claim(self, request_id: str = "r", **more: object) -> httpx.Response:
-        body = {
-            "worker_id": "w",
-            "boot_id": "b",
-            "request_id": request_id,
-            "gpus": 1,
-            "wait_seconds": 0,
-            "protocol": 2,
-        }
-        return self.worker.post("/worker/claim", json={**body, **more})
+        """Claim; a process that is not known here registers first."""
+        who = {"worker_id": "w", "boot_id": "b", "gpus": 1, "protocol": 2}
+        claim = {**who, "request_id": request_id, "wait_seconds": 0, **more}
+        answer = self.worker.post("/worker/claim", json=claim)
+        if answer.status_code == 409 and answer.json()["error"]["code"] == "worker_unregistered":
+            hello = {**{name: claim[name] for name in who}, "device": "cpu"}
+            self.worker.post("/worker/register", json=hello).raise_for_status()
+            answer = self.worker.post("/worker/claim", json=claim)
+        return answer
 
     def report(self, lease: dict, kind: str, **body: object) -> httpx.Response:
         return self.worker.post(

@@ -51,10 +51,11 @@ def live_attempt(session: Session, row: JobRow, *, lock: bool = False) -> Attemp
 
 
 def held_seconds(attempt: AttemptRow | None, now: datetime) -> float:
-    """How long an attempt has lasted. A clock that was set back makes no time undone."""
+    """How long an attempt has lasted; not what the server's clock jumped by meanwhile."""
     if attempt is None:
         return 0.0
-    return max(0.0, ((attempt.ended_at or now) - attempt.claimed_at).total_seconds())
+    lasted = (attempt.ended_at or now) - attempt.claimed_at
+    return max(0.0, lasted.total_seconds() - attempt.jumped_seconds)
 
 
 def end_attempt(session: Session, row: JobRow, ended: Ending, *, half_life_seconds: float) -> None:

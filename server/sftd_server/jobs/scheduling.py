@@ -159,12 +159,12 @@ def usage(session: Session, settings: Settings, now: datetime) -> dict[str, floa
     half_life = settings.fair_share_half_life_seconds
     used = {row.owner: accounts.decayed(row, now, half_life) for row in session.exec(select(UsageRow))}
     held = (
-        select(JobRow.owner, AttemptRow.gpus, AttemptRow.claimed_at)
+        select(JobRow.owner, AttemptRow)
         .join(AttemptRow, accounts.is_newest_attempt())
         .where(col(JobRow.state).in_(LEASED))
     )
-    for owner, gpus, claimed_at in session.exec(held):
-        used[owner] = used.get(owner, 0.0) + gpus * max(0.0, (now - claimed_at).total_seconds())
+    for owner, attempt in session.exec(held):
+        used[owner] = used.get(owner, 0.0) + attempt.gpus * accounts.held_seconds(attempt, now)
     return {owner: seconds for owner, seconds in used.items() if seconds >= 1.0}
 
 

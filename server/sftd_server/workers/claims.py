@@ -27,7 +27,10 @@ STREAMS = ("metrics", "logs", "events")
 def is_claimable(session: Session, *, claim: Claim, settings: Settings, now: datetime) -> bool | None:
     """True where there is a job to claim, else None: a look that costs no write."""
     known = select(WorkerRow).where(WorkerRow.id == claim.worker_id, WorkerRow.boot_id == claim.boot_id)
-    place = _place(claim, session.exec(known).first())
+    row = session.exec(known).first()
+    if row is None:
+        return True  # it has to hear that it is not known
+    place = _place(claim, row)
     if place.draining:
         return None
     return True if next(scheduling.next_jobs(session, place, settings, now), None) else None
@@ -83,13 +86,9 @@ def _next_job(session: Session, place: Place, settings: Settings, now: datetime)
     return None
 
 
-def _place(claim: Claim, row: WorkerRow | None) -> Place:
-    """Who asks. Of a worker that has not registered only its claim is known."""
+def _place(claim: Claim, row: WorkerRow) -> Place:
+    """Who asks, with what is free there."""
     free, disk = claim.gpus, claim.disk_free_bytes
-    if row is None:
-        return Place(
-            claim.worker_id, claim.boot_id, free, free, claim.protocol, None, {}, disk_free_bytes=disk
-        )
     return Place(
         id=row.id,
         boot_id=row.boot_id,

@@ -22,7 +22,7 @@ from sftd_server.jobs.scheduling import YIELDS_SINCE
 from sftd_server.jobs.service import Note, add_event, move, wish
 from sftd_server.jobs.states import LEASED, Trigger
 from sftd_server.settings import Settings
-from sftd_server.tables import AttemptRow, JobRow
+from sftd_server.tables import AttemptRow, JobRow, ServerRow
 from sftd_server.workers.registry import is_draining, seen
 
 
@@ -157,6 +157,18 @@ def _told(row: JobRow) -> Note:
         message = f"The worker has been told to make room for {row.yield_to}."
         return Note("stopping", message, {"want": row.want, "make_room_for": row.yield_to})
     return Note("stopping", f"The worker has been told to {row.want}.", {"want": row.want})
+
+
+def make_good(session: Session, *, settings: Settings, now: datetime, jump: float, server_id: str) -> None:
+    """The clock jumped: every lease has its full time, and what passed on the clock alone is charged to nobody."""
+    note = Note("clock_jump", f"The server's clock jumped by {jump:.1f} s; the lease was extended.")
+    extend_all(session, settings=settings, now=now, note=note)
+    if (
+        session.exec(select(ServerRow.id).where(ServerRow.id != server_id)).first() is None
+    ):  # else each would count it
+        lasting = col(AttemptRow.outcome).is_(None)
+        jumped = col(AttemptRow.jumped_seconds) + jump
+        session.exec(update(AttemptRow).where(lasting).values(jumped_seconds=jumped))
 
 
 def extend_all(session: Session, *, settings: Settings, now: datetime, note: Note | None = None) -> int:

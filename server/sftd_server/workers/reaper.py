@@ -12,13 +12,11 @@ from sqlmodel import Session, col, delete, select, update
 import sftd
 from sftd_server.db import DatabaseClosed
 from sftd_server.errors import is_database_away, is_database_busy
-from sftd_server.jobs.service import Note
 from sftd_server.server import Server
 from sftd_server.settings import Settings
 from sftd_server.tables import ServerRow
 from sftd_server.workers import endings, leases, preemption, registry, space
 
-JUMP_SECONDS = 2.0
 SPACE_SECONDS = 3.0  # how often space is looked for that jobs wait for
 _ARRIVING = 7_305_813_482_002  # of PostgreSQL's advisory locks, the one for a server that starts
 _FORGET = 100  # leases after which a server that was killed is forgotten
@@ -32,13 +30,12 @@ class Reaper:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._wall = server.clock.now()
-        self._monotonic = server.clock.monotonic()
-        self._started = self._monotonic
         self._space_at = float("-inf")
 
     async def begin(self) -> None:
         """Put this server on record. After a start every live lease has its full time: a long outage must not requeue
         healthy jobs. Where other servers were there all the time, there was no outage."""
+        self._server.clock_watch.begin()
         await self._server.db.write(functools.partial(_arrive, server=self._server))
 
     async def end(self) -> None:
@@ -72,14 +69,10 @@ class Reaper:
             return 0
         await self._server.set_clock()
         wall, monotonic = self._server.clock.now(), self._server.clock.monotonic()
-        before, elapsed = self._wall, monotonic - self._monotonic
-        jump = (wall - before).total_seconds() - elapsed
-        self._wall, self._monotonic = wall, monotonic
-        if abs(jump) > JUMP_SECONDS:
-            log.warning("the clock jumped by %.1f s; all leases are extended", jump)
-            note = Note("clock_jump", f"The server's clock jumped by {jump:.1f} s; the lease was extended.")
-            await self._extend(note)
+        before, self._wall = self._wall, wall
+        if await settle_clock(self._server):
             return 0
+        self._server.clock_watch.settle()
         db, settings = self._server.db, self._server.settings
         if db.shared:
             await db.write(functools.partial(_be_seen, server=self._server))
@@ -87,7 +80,7 @@ class Reaper:
         if monotonic - self._space_at >= SPACE_SECONDS:
             self._space_at = monotonic
             await self._look_for_space()
-        if monotonic - self._started < settings.lease_seconds:
+        if monotonic - self._server.clock_watch.steady_since < settings.lease_seconds:
             return 0
         num_lost = await db.write(functools.partial(endings.reap, settings=settings, now=wall))
         await db.write(functools.partial(_look_after_queue, settings=settings, now=wall))
@@ -101,11 +94,26 @@ class Reaper:
         work = functools.partial(space.resume_where_space, free_bytes=free, now=self._server.clock.now())
         await self._server.db.write(work)
 
-    async def _extend(self, note: Note) -> None:
-        work = functools.partial(
-            leases.extend_all, settings=self._server.settings, now=self._server.clock.now(), note=note
-        )
-        await self._server.db.write(work)
+
+async def settle_clock(server: Server) -> bool:
+    """Make good a jump of the clock that nobody has seen yet; whether there was one. Every call of a worker begins so:
+    none is charged for, or fenced by, time that passed on the clock alone."""
+    if not server.clock_watch.jump():
+        return False
+    async with server.clock_change:
+        jump = server.clock_watch.jump()
+        if jump:
+            log.warning("the clock jumped by %.1f s; all leases are extended", jump)
+            make_good = functools.partial(
+                leases.make_good,
+                settings=server.settings,
+                now=server.clock.now(),
+                jump=jump,
+                server_id=server.db.id,
+            )
+            await server.db.write(make_good)
+            server.clock_watch.settle()
+    return True
 
 
 def _look_after_queue(session: Session, *, settings: Settings, now: datetime) -> None:

@@ -26,13 +26,26 @@ class Replaced(Conflict):
         )
 
 
-def asked(session: Session, claim: Claim, now: datetime) -> WorkerRow | None:
-    """Note that a worker asked for a job, and what it has free; return what is known of it. Raises Replaced."""
+class Unregistered(Conflict):
+    """409: nothing is known of the process; it registers (again) and goes on."""
+
+    def __init__(self, worker_id: str) -> None:
+        super().__init__(
+            f"This process of worker {worker_id} is not known here: POST /worker/register, then claim again.",
+            code="worker_unregistered",
+        )
+
+
+def asked(session: Session, claim: Claim, now: datetime) -> WorkerRow:
+    """Note that a worker asked for a job, and what it has free; return what is known of it. Raises Replaced or
+    Unregistered."""
     here = (col(WorkerRow.id) == claim.worker_id, col(WorkerRow.boot_id) == claim.boot_id)
     values = {"seen_at": now, "free_gpus": claim.gpus, "disk_free_bytes": claim.disk_free_bytes}
     statement = update(WorkerRow).where(*here).values(**values).returning(WorkerRow)
-    row = session.execute(statement).scalars().first()
-    if row is not None and row.gone_at is not None:
+    row: WorkerRow | None = session.execute(statement).scalars().first()
+    if row is None:
+        raise Unregistered(claim.worker_id)
+    if row.gone_at is not None:
         raise Replaced(claim.worker_id)
     return row
 

@@ -32,6 +32,7 @@ from sftd_server.server import Server, server_of
 from sftd_server.strict_json import StrictRoute
 from sftd_server.workers import claims, endings, leases, registration, reports, versions
 from sftd_server.workers.leases import Holder
+from sftd_server.workers.reaper import settle_clock
 
 MAX_PACE_SECONDS = 30.0
 
@@ -41,8 +42,18 @@ Token = Annotated[
     str, Header(alias=TOKEN_HEADER, max_length=128, description="The lease's token, from the claim's answer.")
 ]
 
+
+async def steady_clock(server: ServerDep) -> None:
+    """A jump of the clock is made good before anything of a worker is looked at."""
+    await settle_clock(server)
+
+
 router = APIRouter(
-    prefix="/worker", tags=["worker protocol"], route_class=StrictRoute, responses=error_responses(413)
+    prefix="/worker",
+    tags=["worker protocol"],
+    route_class=StrictRoute,
+    responses=error_responses(413),
+    dependencies=[Depends(steady_clock)],
 )
 
 

@@ -130,6 +130,57 @@ def test_a_jump_of_the_clock_takes_no_job_back(box, seconds: float) -> None:
     assert box.reap() == 1  # and none is kept for longer than a lease
 
 
+def test_what_passes_on_the_clock_alone_is_charged_to_nobody(box) -> None:
+    job_id = box.submit(max_seconds=3600)
+    lease = box.claim()
+    lease.start()
+    box.clock.advance(100)
+
+    box.clock.jump(8 * 3600)  # the box slept
+    answer = lease.post("heartbeat", started=True)  # before the reaper's next look
+
+    assert answer.json()["want"] == "run"
+    job = box.job(job_id)
+    assert job["state"] == "running"
+    assert job["run_seconds"] == job["gpu_seconds"] == 100
+    box.clock.jump(-3600)
+    box.clock.advance(20)
+    lease.start()
+    lease.finish()
+    assert box.job(job_id)["run_seconds"] == 120
+    attempt = box.admin.get(f"/jobs/{job_id}/attempts").json()["data"][0]
+    assert attempt["gpu_seconds"] == 120
+
+
+def test_a_box_that_slept_for_days_forgets_no_worker(box, assert_error) -> None:
+    box.register(labels={"room": "a"})
+    box.clock.advance(40)
+
+    box.clock.jump(3 * 86400)
+    box.reap()
+    box.clock.advance(1)
+    box.reap()
+
+    assert [w["labels"] for w in box.admin.get("/workers").json()["data"]] == [{"room": "a"}]
+    assert box.try_claim().status_code == 204  # it is heard of again
+    box.clock.advance(40)
+    box.reap()
+    assert len(box.admin.get("/workers").json()["data"]) == 1
+
+
+def test_a_worker_that_was_forgotten_is_told_to_register_again(box, assert_error) -> None:
+    box.register(labels={"room": "a"})
+    box.submit(requires={"label": "room=a"})
+    box.clock.advance(2 * 86400)
+    box.reap()
+    assert box.admin.get("/workers").json()["data"] == []
+
+    assert_error(box.try_claim(wait_seconds=9), 409, "worker_unregistered")  # at once
+
+    box.register(labels={"room": "a"})
+    assert box.try_claim().status_code == 200
+
+
 def test_a_job_that_kills_its_workers_fails_at_the_fifth(box) -> None:
     lease = box.running()
     lease.post("logs", seq=0, lines=["the last words"])

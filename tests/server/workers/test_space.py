@@ -125,8 +125,7 @@ def test_a_cancelled_job_that_is_put_aside_is_cancelled(box) -> None:
 
 
 def test_a_worker_with_a_disk_of_its_own_tells_of_its_space(box, hold) -> None:
-    hello = {"worker_id": "w1", "boot_id": "b1", "gpus": 1, "device": "cpu", "protocol": 2}
-    assert box.worker.post("/worker/register", json=hello).status_code == 200
+    assert box.register(device="cpu").status_code == 200
     lease = hold(3 * GIB)
 
     def tell(free_bytes: int | None, **more: object) -> None:
