@@ -224,6 +224,8 @@ class StreamRow(SQLModel, table=True):
     attempt: int = Field(primary_key=True, sa_type=Int64)
     kind: str = Field(primary_key=True)
     next_seq: int = Field(default=0, sa_type=Int64)
+    last_seq: int | None = Field(default=None, sa_type=Int64)  # where the newest batch began
+    last_sha256: str | None = None  # of its items
 
 
 class MetricNameRow(SQLModel, table=True):

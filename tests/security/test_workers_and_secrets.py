@@ -208,18 +208,22 @@ def test_a18_replays(box, assert_error) -> None:
     assert_error(old.checkpoint(5), 409, "checkpoint_backwards")
     assert_error(old.checkpoint(10, manifest_sha256="cd" * 32), 409, "checkpoint_backwards")
 
-    # The same number with another content: answered as the repetition that it claims to be, and nothing of it is kept.
-    again = old.metrics(0, (1, {"loss": 666.0}))
+    # The same number with another content is no repetition; of an older number nobody knows. Nothing of either is kept.
+    assert_error(old.metrics(0, (1, {"loss": 666.0})), 409, "batch_differs")
+    again = old.metrics(0, (1, {"loss": 1.0}))
     assert (again.status_code, again.json()) == (200, {"next_seq": 1})
+    assert old.metrics(1, (2, {"loss": 1.0})).status_code == 200
+    again = old.metrics(0, (1, {"loss": 666.0}))
+    assert (again.status_code, again.json()) == (200, {"next_seq": 2})
     assert_error(old.metrics(5, (6, {"loss": 1.0})), 416, "sequence_gap")
-    assert_error(old.metrics(0, (1, {"loss": 666.0}), (2, {"loss": 666.0})), 416, "sequence_gap")
+    assert_error(old.metrics(1, (2, {"loss": 666.0}), (3, {"loss": 666.0})), 416, "sequence_gap")
 
     box.expire()
     new = box.claim("w2")
     new.start()
     assert new.attempt == 2
     for answer in (
-        old.metrics(1, (2, {"loss": 666.0})), old.post("logs", seq=0, lines=["stale"]), old.checkpoint(11), old.finish(),
+        old.metrics(2, (3, {"loss": 666.0})), old.post("logs", seq=0, lines=["stale"]), old.checkpoint(11), old.finish(),
         old.post("heartbeat", started=True), old.post("release", message="x"), old.event(0, "notice"),
     ):  # fmt: skip
         assert_error(answer, 409, "stale_lease")
@@ -258,15 +262,17 @@ def test_a18_a_claim_sent_again_later_brings_no_second_lease(box, assert_error) 
 # ---------------------------------------------------------------- A19
 
 
-def test_a19_each_claim_is_on_record_with_its_worker(box) -> None:
-    lease = box.running()
+def test_a19_each_claim_is_on_record_with_its_worker_and_key(box) -> None:
+    box.submit()
+    assert box.register().status_code == 200
+    client = box.key("gpu-box-2", role="worker")
+    who = {"worker_id": "w1", "boot_id": "b1", "request_id": "r", "gpus": 1, "wait_seconds": 0}
+    found = client.post("/worker/claim", json=who).json()
 
-    event = next(
-        e for e in box.admin.get(f"/jobs/{lease.job_id}/events").json()["data"] if e["type"] == "claimed"
-    )
-
-    assert event["data"]["worker_id"] == "w1"
-    assert event["attempt"] == lease.attempt
+    events = box.admin.get(f"/jobs/{found['job_id']}/events").json()["data"]
+    event = next(e for e in events if e["type"] == "claimed")
+    assert event["data"] == {"worker_id": "w1", "key": "gpu-box-2"}
+    assert event["attempt"] == found["attempt"]
 
 
 def test_a19_a_worker_of_its_own_key_is_shut_out_by_deleting_it(box, assert_error) -> None:

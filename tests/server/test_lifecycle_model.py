@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 from sqlalchemy import Engine, event
 from sqlmodel import Session, SQLModel, col, func, select
 
-from sftd.protocol import CheckpointReport, Claim, Finish, Heartbeat, InputFile, LogBatch, Release
+from sftd.protocol import CheckpointReport, Claim, Finish, Heartbeat, Hello, InputFile, LogBatch, Release
 from sftd.schemas import FailureReason
 from sftd.spec import JobSpec
 from sftd_server import migrations
@@ -37,7 +37,7 @@ from sftd_server.jobs import service
 from sftd_server.jobs.service import JobInputs, Submission
 from sftd_server.settings import Settings
 from sftd_server.tables import AttemptRow, CheckpointRow, EventRow, FileRow, JobRow, LogLineRow, StreamRow
-from sftd_server.workers import claims, endings, leases, reports
+from sftd_server.workers import claims, endings, leases, registration, reports
 
 T = TypeVar("T")
 STEPS = int(os.environ.get("SFTD_MODEL_STEPS", "2000"))
@@ -48,6 +48,7 @@ RETRYABLE = FailureReason.TRAINER_DIED
 PLAIN = {"synchronize_session": False, "populate_existing": True}  # as the server's own sessions
 ME = Caller("key_1", "me", "admin")
 BEGIN = datetime(2030, 1, 1, tzinfo=UTC)
+WORKERS = ["w1", "w2"]
 
 
 # ---------------------------------------------------------------- the model
@@ -154,6 +155,9 @@ class Life(RuleBasedStateMachine):
                     owner="me",
                 )
             )
+            for worker in WORKERS:
+                hello = Hello(worker_id=worker, boot_id="boot", gpus=1, device="cuda")
+                registration.register(session, hello=hello, settings=self.server_settings, now=BEGIN)
 
     # ------------------------------------------------------------ what users do
 
@@ -186,7 +190,7 @@ class Life(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ what workers do
 
-    @rule(worker=st.sampled_from(["w1", "w2"]))
+    @rule(worker=st.sampled_from(WORKERS))
     def claim(self, worker: str) -> None:
         self.count += 1
         self._claim(worker, f"request-{self.count}", again=None)
@@ -207,7 +211,12 @@ class Life(RuleBasedStateMachine):
             best = job if job.state == "claimed" and job.attempt == again.attempt else None
         lease = self.act(
             lambda session: claims.claim(
-                session, message, secret="secret", settings=self.server_settings, now=self.now
+                session,
+                message,
+                key_name="worker",
+                secret="secret",
+                settings=self.server_settings,
+                now=self.now,
             ),
             fails=again is not None and best is None,
         )

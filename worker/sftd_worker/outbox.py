@@ -42,7 +42,7 @@ class Verdict(enum.Enum):
 def decide(error: SftdError) -> Verdict:
     """The worker's one rule for failed calls (worker protocol, section 4)."""
     match error:
-        case Conflict(code="checkpoint_backwards" | "wrong_state" | "file_changed"):
+        case Conflict(code="checkpoint_backwards" | "batch_differs" | "wrong_state" | "file_changed"):
             return Verdict.DROP
         case NotFound(code="file_gone" | "unknown_file" | "unknown_checkpoint" | "unknown_route"):
             return Verdict.DROP

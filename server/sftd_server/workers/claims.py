@@ -36,8 +36,11 @@ def is_claimable(session: Session, *, claim: Claim, settings: Settings, now: dat
     return True if next(scheduling.next_jobs(session, place, settings, now), None) else None
 
 
-def claim(session: Session, claim: Claim, *, secret: str, settings: Settings, now: datetime) -> Lease | None:
-    """Take the next job, or the same one again where the answer to the same request was lost."""
+def claim(
+    session: Session, claim: Claim, *, key_name: str, secret: str, settings: Settings, now: datetime
+) -> Lease | None:
+    """Take the next job, or the same one again where the answer to the same request was lost. The event says which
+    worker took it, and with whose key."""
     place = _place(claim, asked(session, claim, now))
     earlier = session.exec(
         select(AttemptRow)
@@ -59,7 +62,9 @@ def claim(session: Session, claim: Claim, *, secret: str, settings: Settings, no
         "queue_rank": 0,
         "inputs": inputs.model_dump(mode="json"),
     }
-    note = Note("claimed", f"Taken by worker {claim.worker_id}.", {"worker_id": claim.worker_id})
+    note = Note(
+        "claimed", f"Taken by worker {claim.worker_id}.", {"worker_id": claim.worker_id, "key": key_name}
+    )
     moved = move(
         session,
         row,

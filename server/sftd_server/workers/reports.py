@@ -3,11 +3,13 @@
 Metrics, logs and events are numbered streams: a batch sent twice lands once, and none can be left out.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
+import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import text
 from sqlmodel import Session, col, func, select, update
@@ -163,7 +165,8 @@ def _append(
     items: Sequence[object],
     store: Callable[[JobRow], None],
 ) -> int:
-    """Take a batch exactly once: it must begin where the stream ends, or lie behind it entirely."""
+    """Take a batch exactly once: it must begin where the stream ends, or lie behind it entirely. Of the newest it is known
+    what it held: the same number with anything else is no repetition. Raises SequenceGap or Conflict."""
     row = fenced(session, holder)
     here = (
         col(StreamRow.job) == row.number,
@@ -171,14 +174,21 @@ def _append(
         col(StreamRow.kind) == kind,
     )
     after = seq + len(items)
-    advanced = session.exec(
-        update(StreamRow).where(*here, col(StreamRow.next_seq) == seq).values(next_seq=after)
-    )
+    sha256 = hashlib.sha256(pydantic_core.to_json(items)).hexdigest()
+    taken = {"next_seq": after, "last_seq": seq, "last_sha256": sha256} if items else {"next_seq": after}
+    advanced = session.exec(update(StreamRow).where(*here, col(StreamRow.next_seq) == seq).values(**taken))
     if advanced.rowcount == 1:
         if items:
             store(row)
         return after
-    expected = session.exec(select(StreamRow.next_seq).where(*here)).one()
+    known = session.exec(select(StreamRow).where(*here)).one()
+    expected = known.next_seq
+    if (seq, after) == (known.last_seq, expected) and sha256 != known.last_sha256:
+        raise Conflict(
+            f"The {kind} of this attempt with the numbers {seq} to {after - 1} are on record with another content.",
+            code="batch_differs",
+            param="seq",
+        )
     if after <= expected:
         return expected
     raise SequenceGap(

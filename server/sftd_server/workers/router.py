@@ -26,6 +26,7 @@ from sftd.protocol import (
     Welcome,
 )
 from sftd_server.artifacts.placing import checkpoint_in_place, result_in_place
+from sftd_server.auth import Caller, caller_of
 from sftd_server.db import MAX_BATCH
 from sftd_server.errors import Unavailable, error_responses
 from sftd_server.server import Server, server_of
@@ -37,6 +38,7 @@ from sftd_server.workers.reaper import settle_clock
 MAX_PACE_SECONDS = 30.0
 
 ServerDep = Annotated[Server, Depends(server_of)]
+CallerDep = Annotated[Caller, Depends(caller_of)]
 JobId = Annotated[str, Path(max_length=64)]
 Token = Annotated[
     str, Header(alias=TOKEN_HEADER, max_length=128, description="The lease's token, from the claim's answer.")
@@ -84,7 +86,7 @@ async def register(hello: Hello, server: ServerDep) -> Response:
         **error_responses(409, 413, 426),
     },
 )
-async def claim(request: Request, message: Claim, server: ServerDep) -> Response:
+async def claim(request: Request, message: Claim, server: ServerDep, caller: CallerDep) -> Response:
     """Take the next job. Held open up to `wait_seconds`; the same `request_id` again brings the same lease."""
     registration.check_protocol(message.worker_id, message.protocol)
 
@@ -94,7 +96,12 @@ async def claim(request: Request, message: Claim, server: ServerDep) -> Response
         server.disk.require_room()  # a job would only come to harm
         now = server.clock.now()
         work = functools.partial(
-            claims.claim, claim=message, secret=server.secret, settings=server.settings, now=now
+            claims.claim,
+            claim=message,
+            key_name=caller.name,
+            secret=server.secret,
+            settings=server.settings,
+            now=now,
         )
         return await server.db.write(work)
 

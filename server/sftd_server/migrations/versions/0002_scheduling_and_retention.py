@@ -41,6 +41,10 @@ _NEW_COLUMNS: dict[str, list[sa.Column[Any]]] = {
         sa.Column("reason", sa.String(), nullable=True),
         sa.Column("message", sa.String(), nullable=True),
     ],
+    "stream": [
+        sa.Column("last_seq", INT64, nullable=True),
+        sa.Column("last_sha256", sa.String(), nullable=True),
+    ],
     "checkpoint": [
         sa.Column("pinned", sa.String(), nullable=True),
         sa.Column("deleted_at", sa.DateTime(), nullable=True),
