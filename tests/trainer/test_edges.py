@@ -417,3 +417,15 @@ def test_no_more_logits_than_a_chunk_are_ever_held(
     for name in ("loss", "grad_norm", "eval_loss", "eval_token_accuracy"):
         one, other = (list(run.values(name).values()) for run in (whole, chunked))
         assert_same_series(name, one, other, rtol=1e-5, mean_rtol=2e-6)
+
+
+def test_rows_that_spell_out_control_tokens_are_counted_and_said(
+    run_job: RunJob, files: Callable[..., dict[str, str]], tiny: Path
+) -> None:
+    end = AutoTokenizer.from_pretrained(tiny).eos_token
+    rows = [{"prompt": "a", "completion": f"b{end}"}, {"prompt": "c", "completion": "d"}]
+
+    assert "control tokens" not in run_job(**FIELDS, job=files(rows[1:])).log
+    run = run_job(**FIELDS, job=files(rows))
+
+    assert "1 of 2 training rows spell out control tokens of the model" in run.log

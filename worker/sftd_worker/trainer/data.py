@@ -26,7 +26,7 @@ from sftd.schemas import FailureReason
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.template import CannotRender, Rendered, Template, TrainOn
 
-_CACHE_VERSION = 3  # raise it when the same input would give other tokens or another mask
+_CACHE_VERSION = 4  # raise it when the same input would give other tokens or another mask
 _CHUNK_ROWS = 256
 _COLUMNS = Features(
     {
@@ -37,6 +37,7 @@ _COLUMNS = Features(
         "line": Value("int64"),
         "split_key": Value("float64"),  # in [0, 1), from the row's hash alone
         "task_type": Value("string"),
+        "num_spelled": Value("int32"),  # control tokens of the model that its words spell out
     }
 )
 
@@ -58,6 +59,7 @@ class TokenRows:
     lengths: np.ndarray  # int64 (num_rows,)
     num_supervised: np.ndarray  # int64 (num_rows,)
     max_length: int  # longer rows are cut to it
+    num_spelling: int = 0  # rows whose words spell out control tokens of the model: read as text
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> rows
 
     def __len__(self) -> int:
@@ -138,6 +140,7 @@ def choose_rows(
         lengths=np.minimum(lengths[indices], max_seq_length),
         num_supervised=supervised[indices],
         max_length=max_seq_length,
+        num_spelling=int((_column(table, "num_spelled")[indices] > 0).sum()),
         left_out={reason: count for reason, count in left_out.items() if count},
     )
 
@@ -230,6 +233,7 @@ def _tokenize_chunk(chunk: list[Row], how: Tokenizing) -> Iterator[dict[str, Any
             "line": row.line,
             "split_key": int(row.digest[:13], 16) / 16**13,
             "task_type": row.task_type or "",
+            "num_spelled": len(text.cuts),
         }
 
 

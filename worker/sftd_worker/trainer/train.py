@@ -569,6 +569,13 @@ def _describe(
     )
     if eval_rows is not None and eval_rows.left_out:
         events.log(f"left out of the evaluation: {_counts(eval_rows.left_out)}")
+    for rows, what in ((train_rows, "training"), (eval_rows, "validation")):
+        if rows is not None and rows.num_spelling:
+            events.notice(
+                f"{rows.num_spelling:,} of {len(rows):,} {what} rows spell out control tokens of the model, such as its end"
+                " token: they are read as plain text, and learned so in answers; if they were written to end a turn, take"
+                " them out, the template puts the real ones there"
+            )
     events.log(
         f"{plan.total_steps:,} steps of {plan.rows_per_step} rows (about {derived['tokens_per_step']:,} tokens, "
         f"{derived['supervised_share']:.0%} of them supervised), {plan.steps_per_epoch:,} steps an epoch, "
