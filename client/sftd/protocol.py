@@ -135,6 +135,7 @@ class Lease(Reply):
     base: BaseRef | None
     checkpoints: list[CheckpointRef]  # newest first; the first that verifies is resumed from
     next_seq: dict[Literal["metrics", "logs", "events"], int]
+    base_sha256: str | None = None  # of a base model in a folder: what earlier attempts trained on
 
 
 class Heartbeat(Message):
@@ -148,6 +149,7 @@ class Heartbeat(Message):
     wait_seconds: float = Field(0, ge=0, le=10)
     seen_make_room: bool = False
     seen_draining: bool = False
+    base_sha256: Sha256 | None = None  # of a base model in a folder of the worker, once it is known
     disk_free_bytes: int | None = Field(None, ge=0, lt=2**63)
 
 

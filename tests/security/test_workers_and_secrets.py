@@ -385,6 +385,51 @@ def test_a21_a_swapped_checkpoint_is_struck_and_an_older_one_taken(worker_box: W
     assert box.steps(job_id) == list(range(1, 61))
 
 
+def test_a21_a_swapped_result_is_not_begun_from(worker_box: WorkerBox) -> None:
+    box = worker_box
+    box.start_worker("w1")
+    first = box.post(steps=1)
+    box.until(lambda: box.state(first) == "succeeded")
+    result = box.job_folder(first) / "results" / "model.txt"
+    result.write_bytes(result.read_bytes()[:-1] + b"!")
+
+    training_file = box.client.jobs.retrieve(first).spec.training_file
+    second = box.client.jobs.create(base_model=f"job:{first}", training_file=training_file).id
+
+    box.until(lambda: box.state(second) == "failed")
+    failure = box.client.jobs.retrieve(second).failure
+    assert failure
+    assert f"is not what job {first} made" in failure.message
+    assert box.trainer_pids(second) == []
+
+
+def test_a21_a_model_that_was_swapped_between_attempts_is_not_gone_on_with(worker_box: WorkerBox) -> None:
+    box = worker_box
+    model = box.data / "models" / "org" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    worker = box.start_worker("w1")
+    job_id = box.post(steps=1000, step_seconds=0.1, checkpoint_every=5)
+    box.until(lambda: len(list(box.client.jobs.checkpoints(job_id))) >= 1)
+    num_trainers = len(box.trainer_pids(job_id))
+    (model / "model.safetensors").write_bytes(b"Weights")
+    worker.kill()
+    worker.wait()
+
+    box.start_worker("w1")
+
+    box.until(lambda: box.state(job_id) == "failed")
+    failure = box.client.jobs.retrieve(job_id).failure
+    assert failure
+    assert "is not the model that this job began with" in failure.message
+    assert len(box.trainer_pids(job_id)) == num_trainers
+    (model / "model.safetensors").write_bytes(b"weights")  # put back: its checkpoints can be gone on from
+    again = box.client.jobs.retry(job_id).id
+    box.until(lambda: box.steps(again)[:1] > [1])
+    box.client.jobs.cancel(again)
+
+
 # ---------------------------------------------------------------- A25
 
 

@@ -14,6 +14,7 @@ from sftd_worker.lease import LeaseKeeper
 from sftd_worker.outbox import Outbox, Verdict, decide
 from sftd_worker.shipper import Shipper
 from sftd_worker.spool import Spool
+from sftd_worker.transfer import SharedFolder
 
 if TYPE_CHECKING:
     from conftest import FakeServer
@@ -33,14 +34,16 @@ class Shipping:
         self.transport = Transport(f"http://127.0.0.1:{server.port}", KEY)
         self.spool = Spool(folder / TRAINER_LINES_FILE, attempt=1)
         self.keeper = LeaseKeeper(server.lease, self.transport, wait_seconds=1, on_news=lambda: None)
+        outbox = Outbox(self.transport, self.keeper)
         self.shipper = Shipper(
             self.spool,
-            Outbox(self.transport, self.keeper),
+            outbox,
             self.keeper,
             folder=folder,
             secrets=[],
             first=[],
             on_done=lambda: None,
+            transfer=SharedFolder(outbox, self.transport, data=server.data, keeper=self.keeper),
         )
 
     def say(self, **line: Any) -> None:

@@ -116,6 +116,7 @@ class _Attempt:
         try:
             self._await_first_answer()
             prepared = prepare(self.lease, self.settings, check=self._check, transfer=self.transfer)
+            self.keeper.base_sha256 = prepared.base_sha256
             folder = job_folder(self.settings.data, self.lease)
             if not self._take_locks(folder):
                 return self._release("An earlier trainer still holds the device or the job's folder.", "busy")

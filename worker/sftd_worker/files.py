@@ -62,6 +62,7 @@ class Prepared:
     job: TrainerJob
     corrupt: list[CheckpointReport] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    base_sha256: str | None = None  # of a base model in a folder that no job has made
 
 
 def job_folder(data: Path, lease: Lease) -> Path:
@@ -82,6 +83,7 @@ def prepare(
     training = _verified_input(data, lease.training_file, check)
     validation = _verified_input(data, lease.validation_file, check) if lease.validation_file else None
     model, adapter = _base_model(lease.spec.base_model, lease.base, settings)
+    base_sha256 = _same_model(Path(model), lease, check) if _is_own_folder(model, data) else None
     resume_from, corrupt, notices = _checkpoint(lease, data, check, transfer)
     job = TrainerJob(
         job_id=lease.job_id,
@@ -102,7 +104,7 @@ def prepare(
         # The same in every attempt, so that a resumed job goes on in the same W&B run.
         wandb_run_id=lease.job_id if lease.spec.wandb else None,
     )
-    return Prepared(job, corrupt, notices)
+    return Prepared(job, corrupt, notices, base_sha256)
 
 
 def write_job(job: TrainerJob) -> None:
@@ -187,6 +189,49 @@ def _model(name: str, settings: WorkerSettings) -> str:
         if folder.is_relative_to(root) and folder != root and folder.is_dir():
             return str(folder)
     return name  # a hub id; the trainer loads it, from its cache or from the hub
+
+
+def _is_own_folder(model: str, data: Path) -> bool:
+    """Whether a model is a folder of somebody's, rather than of the hub or a job's result (which are verified by name)."""
+    path = Path(model)
+    return path.is_absolute() and not path.is_relative_to((data / "jobs").resolve())
+
+
+def _same_model(folder: Path, lease: Lease, check: Check) -> str:
+    """The hash of all that lies in a model's folder. Raises PrepareFailed where an earlier attempt had another one."""
+    try:
+        found = _folder_sha256(folder, check)
+    except OSError as error:
+        raise PrepareFailed(
+            FailureReason.MODEL_NOT_FOUND,
+            f"{folder} cannot be read on the worker: {error.strerror or error}.",
+        ) from error
+    if lease.base_sha256 not in (None, found):
+        raise PrepareFailed(
+            FailureReason.WORKER_ERROR,
+            f"{folder} is not the model that this job began with: its files have changed. Put them back, or post a new job"
+            " that begins with these.",
+        )
+    return found
+
+
+_hashes: dict[
+    Path, tuple[tuple[int, ...], str]
+] = {}  # of weights, by size, times and inode: they seldom change
+
+
+def _folder_sha256(folder: Path, check: Check) -> str:
+    """Of names and content of a model's files: those that loading may read, wherever their links lead."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            stat = path.stat()
+            state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            known = _hashes.get(path)
+            sha256 = known[1] if known is not None and known[0] == state else _sha256(path, check)
+            _hashes[path] = state, sha256
+            digest.update(f"{sha256}  {path.name}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- checkpoints

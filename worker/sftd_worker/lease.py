@@ -47,6 +47,7 @@ class LeaseKeeper:
         self.lost: str | None = None  # why
         self.outdated: str | None = None  # the server's word, where it does not serve this version any more
         self.heard = False  # the server has confirmed the lease
+        self.base_sha256: str | None = None  # of the base model, for the server to keep
         self.step = 0  # the newest step, set by the shipper, told to the server
         self._transport = transport
         self._refused_means_down = refused_means_down
@@ -140,6 +141,7 @@ class LeaseKeeper:
             attempt=self.lease.attempt,
             started=True,
             step=self.step,
+            base_sha256=self.base_sha256,
             seen_want=self.want,
             seen_make_room=self.make_room,
             seen_draining=self.draining,

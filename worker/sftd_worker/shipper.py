@@ -38,7 +38,7 @@ from sftd.protocol import (
 from sftd_worker.lease import LeaseKeeper
 from sftd_worker.outbox import Fenced, Outbox, Refused
 from sftd_worker.spool import Spool
-from sftd_worker.transfer import SharedFolder, Transfer
+from sftd_worker.transfer import Transfer
 
 log = logging.getLogger("sftd.worker")
 
@@ -71,7 +71,7 @@ class Shipper:
         secrets: Sequence[str],
         first: Sequence[CheckpointReport],
         on_done: Callable[[], None],
-        transfer: Transfer | None = None,
+        transfer: Transfer,
     ) -> None:
         self.error: str | None = None
         self.done = threading.Event()
@@ -81,7 +81,7 @@ class Shipper:
         self._spool = spool
         self._outbox = outbox
         self._keeper = keeper
-        self._transfer = transfer or SharedFolder(outbox, data=folder, keeper=keeper)
+        self._transfer = transfer
         self._rejected = folder / REJECTED_FILE
         self._secrets = secrets
         self._first = first

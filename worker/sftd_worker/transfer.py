@@ -82,7 +82,7 @@ def transfer_of(
     """The way that this worker has registered with."""
     if settings.own_data:
         return ThroughServer(settings.data, transport, outbox, keeper)
-    return SharedFolder(outbox, data=settings.data, keeper=keeper)
+    return SharedFolder(outbox, transport, data=settings.data, keeper=keeper)
 
 
 class _Target:
@@ -95,8 +95,9 @@ class _Target:
 class SharedFolder:
     """Worker and server see the same files."""
 
-    def __init__(self, outbox: Outbox, *, data: Path, keeper: LeaseKeeper) -> None:
+    def __init__(self, outbox: Outbox, transport: Transport, *, data: Path, keeper: LeaseKeeper) -> None:
         self._outbox = outbox
+        self._transport = transport
         self._data = data
         self._keeper = keeper
 
@@ -106,8 +107,22 @@ class SharedFolder:
 
     def bring_base(self, path: str, check: Check) -> None:
         found = _FOLDER.fullmatch(path)
-        if found is not None and not (self._data / path).is_dir():
+        if found is None:  # a model of this machine, or of the hub
+            return
+        _, hashes = _ask_files(
+            self._outbox, self._transport, self._keeper, _kind(path), found[2], found[1], check
+        )
+
+        def is_whole() -> bool:
+            return all(_is(self._data / path / name, sha256, check) for name, sha256 in hashes.items())
+
+        if not is_whole():
             self._restore(check, kind=_kind(path), name=found[2], of=found[1])
+            if not is_whole():
+                raise PrepareFailed(
+                    FailureReason.WORKER_ERROR,
+                    f"{path} is not what job {found[1]} made: files are missing or changed. Bring them back, or train it again.",
+                )
 
     def bring_checkpoint(self, ref: CheckpointRef, check: Check) -> bool:
         return self._restore(check, kind="checkpoints", name=ref.name, of=_writer(ref))
@@ -200,23 +215,7 @@ class ThroughServer:
 
     def _bring_folder(self, kind: str, name: str, of: str | None, folder: Path, check: Check) -> None:
         """Fetch what is not there yet beside the folder, then put it in its place by one rename."""
-        url = f"/worker/jobs/{self._lease.job_id}/files/{kind}/{quote(name, safe='')}"
-        params = {"attempt": self._lease.attempt, "of": of}
-
-        def ask() -> FolderFiles:
-            return self._transport.request(
-                "GET",
-                url,
-                params=params,
-                headers=self._headers,
-                timeout_seconds=SILENCE_SECONDS,
-                max_retries=0,
-            ).parse(FolderFiles)
-
-        found = self._outbox.keep_trying("files", ask, given_up=_checking(check))
-        hashes = {path: file.sha256 for path, file in found.files.items()}
-        if found.manifest_sha256 is not None:
-            hashes[MANIFEST] = found.manifest_sha256
+        url, hashes = _ask_files(self._outbox, self._transport, self._keeper, kind, name, of, check)
         with _alone(folder, check):
             if not all(_is(folder / path, sha256, check) for path, sha256 in hashes.items()):
                 self._fill(folder, hashes, url, {"of": of}, check)
@@ -440,6 +439,36 @@ def _kind(path: str) -> str:
 def _writer(ref: CheckpointRef) -> str | None:
     """The job that wrote a checkpoint; None: the lease's own."""
     return None if ref.folder is None else ref.folder.rsplit("/", 1)[-1]
+
+
+def _ask_files(
+    outbox: Outbox,
+    transport: Transport,
+    keeper: LeaseKeeper,
+    kind: str,
+    name: str,
+    of: str | None,
+    check: Check,
+) -> tuple[str, dict[str, str]]:
+    """Where the files of a checkpoint or result are to be had, and the hash of each as recorded. Raises Refused, Fenced."""
+    lease = keeper.lease
+    url = f"/worker/jobs/{lease.job_id}/files/{kind}/{quote(name, safe='')}"
+
+    def ask() -> FolderFiles:
+        return transport.request(
+            "GET",
+            url,
+            params={"attempt": lease.attempt, "of": of},
+            headers={TOKEN_HEADER: lease.token},
+            timeout_seconds=SILENCE_SECONDS,
+            max_retries=0,
+        ).parse(FolderFiles)
+
+    found = outbox.keep_trying("files", ask, given_up=_checking(check))
+    hashes = {path: file.sha256 for path, file in found.files.items()}
+    if found.manifest_sha256 is not None:
+        hashes[MANIFEST] = found.manifest_sha256
+    return url, hashes
 
 
 def _is(path: Path, sha256: str, check: Check) -> bool:

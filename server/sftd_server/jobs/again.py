@@ -50,6 +50,8 @@ def retried(
     spec, inputs = _checked(session, row, {}, sources)
     verb = f"Tries {job_id} again from scratch; waiting for a worker."
     if seed is not None:
+        began_with = JobInputs.model_validate(row.inputs).base_sha256
+        inputs = inputs.model_copy(update={"base_sha256": began_with})
         verb = f"Tries {job_id} again from its checkpoint of step {seed.step}; waiting for a worker."
     elif request.start == "checkpoint":
         verb = f"Tries {job_id} again from scratch, as it has no checkpoint; waiting for a worker."

@@ -35,6 +35,7 @@ class JobInputs(BaseModel):
     training_file: InputFile
     validation_file: InputFile | None
     base: BaseRef | None
+    base_sha256: str | None = None  # of a base model in a folder, as the first attempt found it
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,7 @@ def _lease(
         base=inputs.base,
         checkpoints=_checkpoints(session, row, attempt),
         next_seq=next_seq,
+        base_sha256=inputs.base_sha256,
     )
 
 

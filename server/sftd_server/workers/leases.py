@@ -80,6 +80,8 @@ def heartbeat(
     changes: dict[str, object] = deadlines(settings, now)
     if beat.step > row.step:
         changes["step"] = beat.step
+    if beat.base_sha256 is not None and row.inputs.get("base_sha256") is None:
+        changes["inputs"] = {**row.inputs, "base_sha256": beat.base_sha256}
     session.exec(
         update(JobRow)
         .where(

@@ -11,6 +11,7 @@ from sftd.spec import SCHEDULING_FIELDS
 _NEW_IN_2: dict[type[BaseModel], dict[str, Any]] = {  # as model_dump's `exclude`, which nests
     Welcome: {"protocol": True, "refused_means_down": True},
     Lease: {
+        "base_sha256": True,
         "spec": dict.fromkeys(SCHEDULING_FIELDS - {"priority"}, True),
         "checkpoints": {"__all__": {"folder": True, "files": True}},
     },
