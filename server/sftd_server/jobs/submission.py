@@ -16,12 +16,10 @@ from sftd.spec import JOB_REFERENCE, JobSpec
 from sftd_server.datafolder import DataFolder
 from sftd_server.errors import Invalid
 from sftd_server.jobs import dependencies
-from sftd_server.jobs.service import JobInputs
+from sftd_server.jobs.service import ADAPTERS, JobInputs
 from sftd_server.jobs.states import TERMINAL
 from sftd_server.mistakes import Mistake, mistakes_of
 from sftd_server.tables import CheckpointRow, FileRow, JobRow
-
-_ADAPTERS = ("lora", "qlora")
 
 
 @dataclass
@@ -152,16 +150,21 @@ def _path_in_job(
     return path
 
 
+def base_of_result(row: JobRow) -> BaseRef:
+    """What a job that has succeeded made, as the base of another job."""
+    return base_of(row, f"jobs/{row.id}/results")
+
+
 def base_of(row: JobRow, path: str) -> BaseRef:
     """A job's result or checkpoint as the base of another job."""
-    if row.method not in _ADAPTERS:
+    if row.method not in ADAPTERS:
         return BaseRef(path=path, is_adapter=False, base_model=path)
     earlier = JobInputs.model_validate(row.inputs).base
     return BaseRef(path=path, is_adapter=True, base_model=earlier.base_model if earlier else row.base_model)
 
 
 def _check_method(found: _Found, row: JobRow, method: Any, spec: JobSpec | None) -> None:  # method: as posted
-    if row.method not in _ADAPTERS:
+    if row.method not in ADAPTERS:
         return
     if method == "full":
         found.note(
