@@ -1,20 +1,18 @@
 """New jobs made from old ones: the same again, from scratch or from a checkpoint; or the same with other settings."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sqlmodel import Session, col, select
 
 from sftd.schemas import JobState, RetryRequest
 from sftd.spec import JOB_REFERENCE, JobSpec
-from sftd_server.datafolder import DataFolder
 from sftd_server.errors import Conflict
 from sftd_server.jobs import submission
 from sftd_server.jobs.queries import whole_checkpoint, whole_checkpoints
 from sftd_server.jobs.service import JobInputs, Origin, find_job
 from sftd_server.jobs.states import TERMINAL
+from sftd_server.jobs.submission import Sources
 from sftd_server.tables import CheckpointRow, JobRow
 
 # Of these only one may stand in a spec: who gives one means it in place of the other.
@@ -26,14 +24,6 @@ _INSTEAD_OF = {
     "validation_file": "validation_split",
     "validation_split": "validation_file",
 }
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where the inputs of a job may lie."""
-
-    folder: DataFolder
-    model_roots: tuple[Path, ...]
 
 
 def retried(
@@ -84,7 +74,7 @@ def _checked(
         fields[name] = value
         if name in _INSTEAD_OF and overrides.get(_INSTEAD_OF[name]) is None:
             fields.pop(_INSTEAD_OF[name], None)
-    return submission.check(session, fields, folder=sources.folder, model_roots=sources.model_roots)
+    return submission.check(session, fields, sources)
 
 
 def _still_waited_for(session: Session, after: list[str]) -> list[str]:

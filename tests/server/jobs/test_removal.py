@@ -160,7 +160,7 @@ def asking_for(box, needed: str, kind: str):
     fields = box.spec(base_model=reference)
 
     def check(session):
-        return submission.check(session, fields, folder=box.server.folder, model_roots=())
+        return submission.check(session, fields, submission.Sources(box.server.folder, ()))
 
     spec, inputs = box.run(box.server.db.read(check))
     seed = {"seed_job": 1, "seed_checkpoint": "checkpoint-10"} if kind == "seed" else {}
