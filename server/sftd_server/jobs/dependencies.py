@@ -48,7 +48,7 @@ def replace(session: Session, row: JobRow, after: Sequence[str]) -> None:
     if not after:
         return
     query = select(JobRow.id).where(col(JobRow.id).in_(after)).order_by(col(JobRow.number))
-    session.exec(query.with_for_update()).all()  # none of them ends before this transaction does
+    session.exec(query.with_for_update(read=True)).all()  # none of them ends before this transaction does
     wrong = mistakes(session, after)
     if wrong:
         raise Invalid.of(wrong, code="invalid_spec")
