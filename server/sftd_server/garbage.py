@@ -25,7 +25,8 @@ from sftd_server.sweep import ORPHAN_AGE, tree_bytes
 from sftd_server.tables import AttemptRow, CheckpointRow, FileRow, JobRow, StoredRow, StreamRow
 
 REJECTED_FILE = "logs/rejected.jsonl"
-# How far behind a file's time of last access may lag: file systems note it once a day.
+# How far behind a file's time of last use may lag: file systems note reads once a day, if at all. Trainers set the time of
+# change of an entry when they begin to use it, so one in use is younger than its job's claim wherever the clocks agree.
 ACCESS_LAG = timedelta(hours=25)
 _STREAMS = {"step": "metrics", "log": "logs", "run": "events", "evaluation": "events", "notice": "events"}
 _BEGIN = re.compile(rb'^\{"type":"(\w+)","attempt":(\d+)[,}]')
@@ -140,22 +141,20 @@ def _refused(rejected: Path) -> Iterator[str]:
 # ---------------------------------------------------------------- uploads and blobs
 
 
-def find_unused_files(session: Session, *, before: datetime) -> tuple[list[StorageItem], int]:
-    """Uploads from before a moment that no job names; and the number of the newest job that was looked at."""
-    newest = session.exec(select(func.max(JobRow.number))).one() or 0
+def find_unused_files(session: Session, *, before: datetime) -> list[StorageItem]:
+    """Uploads from before a moment that no job names."""
     named = set()
     for inputs in session.exec(select(JobRow.inputs)):
         found = JobInputs.model_validate(inputs)
         named |= {file.file_id for file in (found.training_file, found.validation_file) if file}
     rows = session.exec(select(FileRow).where(col(FileRow.created_at) < before).order_by(col(FileRow.number)))
-    items = [
+    return [
         StorageItem(
             kind="file", job_id=None, name=row.id, step=None, bytes=row.bytes, why="no job has named it"
         )
         for row in rows
         if row.id not in named
     ]
-    return items, newest
 
 
 def blobs_on_record(session: Session) -> set[str]:

@@ -125,14 +125,10 @@ class Janitor:
         if not days:
             return []
         before = self._server.clock.now() - timedelta(days=days)
-        items, newest = await self._server.db.read(
-            functools.partial(garbage.find_unused_files, before=before)
-        )
+        items = await self._server.db.read(functools.partial(garbage.find_unused_files, before=before))
         if dry_run:
             return items
-        return _removed(
-            [item for item in items if await store.remove_unused(self._server, item.name, looked_upto=newest)]
-        )
+        return _removed([item for item in items if await store.remove_unused(self._server, item.name)])
 
     async def _blobs(self, *, dry_run: bool) -> list[StorageItem]:
         server, now = self._server, self._server.clock.now()

@@ -8,6 +8,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 import uvicorn
+from sqlmodel import Session
 from tests.postgres import NoPostgres, Postgres
 
 from sftd_server.app import create_app
@@ -141,6 +143,25 @@ class Box:
     def run(self, awaitable: Awaitable[T]) -> T:
         """Run something in the server's event loop."""
         return asyncio.run_coroutine_threadsafe(awaitable, self.loop).result(20)  # type: ignore[arg-type]
+
+    @contextmanager
+    def in_open_write(self, work: Callable[[Session], object]) -> Iterator[None]:
+        """What `work` writes is done, and not committed before this is left: as at a server that is slow just then."""
+        done, may_commit = threading.Event(), threading.Event()
+
+        def write(session: Session) -> None:
+            work(session)
+            session.flush()
+            done.set()
+            assert may_commit.wait(20)
+
+        writing = asyncio.run_coroutine_threadsafe(self.server.db.write(write), self.loop)
+        assert done.wait(10)
+        try:
+            yield
+        finally:
+            may_commit.set()
+            writing.result(20)
 
     def upload(self, content: bytes = ROWS, name: str = "rows.jsonl") -> str:
         answer = self.admin.post("/files", files={"file": (name, content)})

@@ -3,13 +3,16 @@
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from sqlmodel import Session, select
 
+from sftd_server.files import store
 from sftd_server.garbage import is_all_held
+from sftd_server.jobs import service, submission
 from sftd_server.tables import FileRow
 
 OLD = "2020-01-01"
@@ -127,15 +130,41 @@ def test_uploads_stay_for_ever_unless_a_limit_is_set(box) -> None:
     assert box.admin.get(f"/files/{file_id}/content").status_code == 200
 
 
-def test_a_job_posted_since_the_look_keeps_its_upload(make_box, monkeypatch) -> None:
-    from sftd_server.files import store
+def test_a_job_posted_since_the_look_keeps_its_upload(box) -> None:
+    used, validating, unused = (box.upload(b'{"text": "%d"}' % i) for i in range(3))
+    box.submit(training_file=used, validation_file=validating)
 
-    box = make_box()
-    file_id = box.upload()
-    box.submit(training_file=file_id)
+    assert [box.run(store.remove_unused(box.server, name)) for name in (used, validating, unused)] == [
+        False,
+        False,
+        True,
+    ]
 
-    assert not box.run(store.remove_unused(box.server, file_id, looked_upto=0))
-    assert box.run(store.remove_unused(box.server, file_id, looked_upto=1))
+
+@pytest.mark.parametrize("database", ["postgres"], indirect=True, scope="module")
+def test_a_job_whose_number_is_not_the_newest_keeps_its_upload_at_whatever_moment_it_is_posted(
+    make_box,
+) -> None:
+    here, there = make_box(unused_file_days=1), make_box()
+    file_id, other = here.upload(), here.upload(b'{"text": "another"}')
+    inputs = here.spec(training_file=file_id)
+    spec, found = here.run(
+        here.server.db.read(
+            lambda session: submission.check(session, inputs, submission.Sources(here.server.folder, ()))
+        )
+    )
+    submitted = service.Submission(spec, found, "admin", None, "")
+    here.clock.advance(2 * 86400)
+
+    with ThreadPoolExecutor(1) as pool:
+        with there.in_open_write(lambda s: service.submit(s, submitted, there.clock.now())):
+            here.submit(training_file=other)  # committed first, with the higher number
+            collecting = pool.submit(collect, here)
+            with pytest.raises(TimeoutError):
+                collecting.result(0.3)
+        assert [item for item in collecting.result(20) if item.kind == "file"] == []
+
+    assert here.admin.get(f"/files/{file_id}/content").status_code == 200
 
 
 def test_blobs_without_a_record_go_after_a_day_and_those_of_checkpoints_stay(box) -> None:
@@ -199,6 +228,18 @@ def test_the_cache_loses_what_was_used_longest_ago_but_nothing_in_use(make_box) 
     assert [item.name for item in collect(box)] == ["cache/rows-5.arrow", "cache/rows-3.arrow"]
     box.server.settings = box.server.settings.model_copy(update={"cache_max_bytes": 1})
     assert collect(box) == []  # the rest may be what the running job reads
+
+
+def test_where_no_reads_are_noted_what_a_trainer_touched_since_its_claim_stays(make_box) -> None:
+    box = make_box(cache_max_bytes=1)
+    box.running()
+    entry = box.server.folder.path / "cache" / "rows-used.arrow"
+    entry.write_bytes(b"x" * 100)
+    now = box.clock.now().timestamp()
+    os.utime(entry, (now - 90 * 86400, now + 60))
+
+    box.clock.advance(60 * 86400)  # it trains for long, and nothing else tells that the entry is in use
+    assert collect(box) == []
 
 
 # ---------------------------------------------------------------- the routes

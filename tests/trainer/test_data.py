@@ -1,6 +1,8 @@
 """Rows to tokens: the mask is checked by decoding, bad rows are refused with line, field and remedy."""
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,17 @@ def test_the_second_reading_comes_from_the_cache_and_another_template_does_not(
     )
 
     assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_an_entry_of_the_cache_is_touched_when_it_is_used(tokenize: Tokenize, tmp_path: Path) -> None:
+    """The server deletes what was used longest ago, and reads are not noted on every file system."""
+    tokenize([chat("a", "b")])
+    (entry,) = (tmp_path / "cache").iterdir()
+    os.utime(entry, (0, 0))
+
+    tokenize([chat("a", "b")])
+
+    assert time.time() - entry.stat().st_mtime < 60
 
 
 LONG = [chat("a", "b"), chat("a", "word " * 200), chat("word " * 200, "b")]

@@ -124,8 +124,10 @@ def _backup(arguments: argparse.Namespace) -> int:
 
 def _restore(arguments: argparse.Namespace) -> int:
     source = arguments.source.expanduser().absolute()
-    restore(_settings(arguments), source, quick=arguments.quick, say=print)
-    return 0
+    faults = restore(_settings(arguments), source, quick=arguments.quick, say=print)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return 1 if faults else 0
 
 
 def _check(arguments: argparse.Namespace) -> int:

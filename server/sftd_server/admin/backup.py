@@ -2,14 +2,15 @@
 
 A backup is a folder: the database as a SQLite file (also where the installation's is PostgreSQL), the files on record,
 the keys. It is made beside a running server: the database in one snapshot, then the files that this names. They never
-change, so on the same file system they are linked, not copied. It appears under its name when it is whole.
+change, so on the same file system they are linked, not copied. It appears under its name when it is whole. Files that lie
+in the artifact store alone are not in it: they are counted, and a restore looks whether they are still there.
 """
 
 import json
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from sqlmodel import Session
 import sftd
 from sftd_server import migrations
 from sftd_server.admin import AdminError
-from sftd_server.admin.recorded import RecordedFile, fault_of, recorded_files
+from sftd_server.admin.recorded import RecordedFile, StoreCheck, fault_of, only_stored, recorded_files
 from sftd_server.admin.transfer import copy_all
 from sftd_server.datafolder import DataFolder
 from sftd_server.disk import fsync
@@ -57,7 +58,8 @@ def backup(settings: Settings, destination: Path, *, quick: bool, say: Say) -> l
         faults = [f"{file.path} ({file.belongs_to}) is not in the data folder" for file in missing]
         gone = {file.path for file in missing}
         verify(part, quick=quick, leave_out=gone)
-        _write_note(part, faults)
+        elsewhere = only_stored(_files_of(part), part)
+        _write_note(part, faults, elsewhere)
         _sync_folders(part)
         os.rename(part, destination)
         fsync(destination.parent)
@@ -65,11 +67,17 @@ def backup(settings: Settings, destination: Path, *, quick: bool, say: Say) -> l
         shutil.rmtree(part, ignore_errors=True)
         raise
     say(f"{destination}: {_num_files(destination):,} files, {'sizes' if quick else 'hashes'} verified")
+    if elsewhere:
+        say(
+            f"NOT in this backup: {_counted(elsewhere)} that the artifact store alone has. Keep the store as long as the"
+            " backup, or nothing brings them back."
+        )
     return faults
 
 
-def restore(settings: Settings, source: Path, *, quick: bool, say: Say) -> None:
-    """Lay a backup out as a data folder, and its database where the settings say."""
+def restore(settings: Settings, source: Path, *, quick: bool, say: Say) -> list[str]:
+    """Lay a backup out as a data folder, and its database where the settings say. Returns what is not to be had of the
+    files that the artifact store alone had, a line each."""
     folder = settings.data
     if folder.exists() and any(folder.iterdir()):
         raise AdminError(f"{folder} is not empty; give a folder that is, or that does not exist.")
@@ -94,6 +102,14 @@ def restore(settings: Settings, source: Path, *, quick: bool, say: Say) -> None:
         shutil.rmtree(part, ignore_errors=True)
         raise
     say(f"{folder} is restored" + ("" if inside else "; its database is where SFTD_DATABASE_URL says"))
+    missing = set(note.get("missing", []))
+    elsewhere = [file for file in only_stored(_files_of(source), source) if file.path not in missing]
+    if not elsewhere:
+        return []
+    say(f"{_counted(elsewhere)} were not in the backup: the artifact store alone had them.")
+    looking = StoreCheck(settings, deep=False)
+    found = [(file, looking.fault_of(file)) for file in elsewhere]
+    return [f"{file.path} ({file.belongs_to}) {fault}" for file, fault in found if fault is not None]
 
 
 def verify(folder: Path, *, quick: bool, leave_out: set[str]) -> None:
@@ -220,6 +236,11 @@ def _copy(path: Path, to: Path) -> None:
     fsync(to)
 
 
+def _counted(files: Sequence[RecordedFile]) -> str:
+    num_bytes = sum(file.bytes for file in files)
+    return f"{len(files):,} {'file' if len(files) == 1 else 'files'} ({num_bytes:,} bytes)"
+
+
 def _num_files(folder: Path) -> int:
     return sum(1 for path in folder.rglob("*") if path.is_file())
 
@@ -233,13 +254,14 @@ def _sync_folders(folder: Path) -> None:
 # ---------------------------------------------------------------- what it says of itself
 
 
-def _write_note(folder: Path, faults: list[str]) -> None:
+def _write_note(folder: Path, faults: list[str], elsewhere: Sequence[RecordedFile]) -> None:
     note = {
         "format": FORMAT,
         "version": sftd.__version__,
         "schema": migrations.head(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "missing": [fault.split(" ", 1)[0] for fault in faults],
+        "num_only_in_store": len(elsewhere),
     }
     path = folder / NOTE
     path.write_text(json.dumps(note, indent=2) + "\n")

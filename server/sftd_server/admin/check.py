@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlmodel import Session
 
 from sftd_server.admin.backup import require_database
-from sftd_server.admin.recorded import RecordedFile, fault_of, recorded_files
+from sftd_server.admin.recorded import RecordedFile, StoreCheck, fault_of, only_stored, recorded_files
 from sftd_server.datafolder import DataFolder
 from sftd_server.engines import make_engine
 from sftd_server.settings import Settings
@@ -147,20 +147,23 @@ def check(settings: Settings, *, deep: bool) -> Iterator[str]:
                 for job_id, *facts in session.connection().execute(text(rule.query)):
                     yield f"{rule.name} {job_id} {rule.message.format(*facts)}"
             files = list(recorded_files(session, DataFolder(settings.data)))
-        suspects = [file for file in files if fault_of(file, settings.data, deep=deep)]
+        elsewhere = StoreCheck(settings, deep=deep)
+
+        def look(file: RecordedFile) -> str | None:
+            if only_stored([file], settings.data):
+                return elsewhere.fault_of(file)
+            return fault_of(file, settings.data, deep=deep)
+
+        suspects = [file for file in files if look(file)]
         if suspects:  # perhaps deleted since the snapshot, which is no fault
             with Session(engine) as session:
                 still = set(recorded_files(session, DataFolder(settings.data)))
             for file in suspects:
-                yield from _of_file(file, settings, deep=deep) if file in still else ()
+                fault = look(file) if file in still else None
+                if fault is not None:
+                    yield f"file {settings.data / file.path} {fault}; it belongs to {file.belongs_to}"
     finally:
         engine.dispose()
-
-
-def _of_file(file: RecordedFile, settings: Settings, *, deep: bool) -> Iterator[str]:
-    fault = fault_of(file, settings.data, deep=deep)
-    if fault is not None:
-        yield f"file {settings.data / file.path} {fault}; it belongs to {file.belongs_to}"
 
 
 def _of_sqlite(session: Session) -> Iterator[str]:

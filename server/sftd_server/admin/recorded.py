@@ -1,14 +1,16 @@
-"""Files that the database says are there: uploads, whole checkpoints, results."""
+"""Files that the database says are there: uploads, whole checkpoints, results; in the data folder, or in the store."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlmodel import Session, col, select
 
 from sftd.schemas import ManifestFile
+from sftd_server.artifacts.store import Store, StoreError, WrongContent, open_store
 from sftd_server.datafolder import DataFolder
 from sftd_server.disk import hash_of
+from sftd_server.settings import Settings
 from sftd_server.tables import CheckpointRow, FileRow, JobRow, StoredRow
 
 
@@ -25,7 +27,9 @@ class RecordedFile:
 
 def recorded_files(session: Session, folder: DataFolder) -> Iterator[RecordedFile]:
     """All files on record."""
-    stored = set(session.exec(select(StoredRow.sha256)))
+    stored = set(
+        session.exec(select(StoredRow.sha256).where(col(StoredRow.bytes) >= 0))
+    )  # others are leaving
     seen: set[str] = set()
     for file in session.exec(select(FileRow).order_by(col(FileRow.number))):
         path = folder.blob_name(file.sha256)
@@ -42,9 +46,8 @@ def recorded_files(session: Session, folder: DataFolder) -> Iterator[RecordedFil
         below = f"{folder.job_name(job_id)}/checkpoints/{checkpoint.name}"
         for name, value in checkpoint.files.items():
             found = ManifestFile.model_validate(value)
-            in_store = checkpoint.mirrored_at is not None or found.sha256 in stored
             owner = f"job {job_id}, checkpoint of step {checkpoint.step}"
-            yield RecordedFile(f"{below}/{name}", found.bytes, found.sha256, owner, in_store)
+            yield RecordedFile(f"{below}/{name}", found.bytes, found.sha256, owner, found.sha256 in stored)
     for job_id, result in session.exec(select(JobRow.id, JobRow.result).order_by(col(JobRow.number))):
         for name, value in (result or {}).items():
             found = ManifestFile.model_validate(value)
@@ -54,8 +57,45 @@ def recorded_files(session: Session, folder: DataFolder) -> Iterator[RecordedFil
             )
 
 
+def only_stored(files: Iterable[RecordedFile], data: Path) -> list[RecordedFile]:
+    """Those that are in the artifact store and not below `data`."""
+    return [file for file in files if file.in_store and not (data / file.path).exists()]
+
+
+class StoreCheck:
+    """Looks whether files are in the artifact store. One that does not answer is asked once, not for each file."""
+
+    def __init__(self, settings: Settings, *, deep: bool) -> None:
+        self._store = open_store(settings)
+        self._deep = deep
+        self._unknown = "" if self._store else "but SFTD_ARTIFACTS_URL, which says where that is, is not set"
+
+    def fault_of(self, file: RecordedFile) -> str | None:
+        """What is wrong with a file that lies there alone; None where nothing is. Deep: its content is read and hashed."""
+        try:
+            if self._store is not None and not self._unknown:
+                return self._look(self._store, file)
+        except StoreError as error:
+            self._unknown = f"which does not answer: {error}"
+        return f"lies only in the artifact store, {self._unknown}"
+
+    def _look(self, store: Store, file: RecordedFile) -> str | None:
+        size = store.size(file.sha256)
+        if size is None:
+            return "is neither there nor in the artifact store"
+        if size != file.bytes:
+            return f"lies only in the artifact store, and has {size} bytes there, {file.bytes} are on record"
+        try:
+            for _ in store.pieces(file.sha256, size=size) if self._deep else ():
+                pass
+        except WrongContent:
+            return "lies only in the artifact store, and has another hash there than is on record"
+        return None
+
+
 def fault_of(file: RecordedFile, data: Path, *, deep: bool) -> str | None:
-    """What is wrong with a recorded file below `data`; None where nothing is. `deep`: its content is hashed."""
+    """What is wrong with a recorded file below `data`; None where nothing is, or where it is `only_stored`. `deep`: its
+    content is hashed."""
     path = data / file.path
     try:
         size = path.stat().st_size

@@ -1,14 +1,18 @@
 """How uploaded blobs become a checkpoint or a result, with the layout that a shared folder has: staged, then one rename.
 
-The lease is looked at again under the job's lock, and the row is written under it: so a stale worker never lays its
-files over those of the attempt after it.
+What takes long is done before the write: the files are checked and linked into a stage of the attempt's own. The rename
+is part of the write, behind its fence: the job's row is locked then, so no other server can hand the job on between, and
+a stale worker never lays its files over those of the attempt after it. A crash between the rename and the commit leaves
+files without a row, which the repeated report finds in their place; a row of the same name that an earlier attempt wrote
+does not fit them, by its hash, and is not resumed from.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,7 +26,7 @@ from sftd_server.disk import fsync, hash_of
 from sftd_server.errors import Invalid
 from sftd_server.server import Server
 from sftd_server.tables import CheckpointRow
-from sftd_server.workers.leases import Holder
+from sftd_server.workers.leases import Holder, StaleLease, fenced
 
 MANIFEST = "manifest.json"
 
@@ -36,43 +40,104 @@ class _Manifest(BaseModel):
     files: dict[ArtifactPath, ManifestFile]
 
 
+class Staged:
+    """A folder that is ready beside its place."""
+
+    def __init__(self, holder: Holder, target: Path) -> None:
+        self.holder = holder
+        self.target = target
+        self.stage = target.parent / f".stage-{target.name}-{holder.attempt}"
+        self.trash = target.parent / f".trash-{target.name}"
+
+    def put(self, session: Session) -> None:
+        """Rename it into its place, where its attempt still has the lease; else whoever writes the row says so. Part of the
+        write: the row stays locked until that is done. It may be called again when the write is done anew."""
+        try:
+            fenced(session, self.holder)
+        except StaleLease:
+            return
+        if not self.stage.exists():
+            return
+        if self.target.exists():
+            self.target.rename(self.trash)
+        try:
+            self.stage.rename(self.target)
+        except OSError:
+            if self.trash.exists():
+                self.trash.rename(self.target)
+            raise
+        fsync(self.target.parent)
+
+    def clear(self) -> None:
+        """Remove what is left beside the place: of a write that did not happen, or of a server that was killed here."""
+        for left in (self.stage, self.trash):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+Put = Callable[[Session], None]
+
+
+def _nothing(session: Session) -> None:
+    """Where there is nothing to put in place."""
+
+
 @contextlib.asynccontextmanager
-async def checkpoint_in_place(
-    server: Server, holder: Holder, report: CheckpointReport
-) -> AsyncIterator[None]:
-    """Put an uploaded checkpoint in its place; write its row within. Raises Invalid naming what is not there."""
+async def checkpoint_to_place(server: Server, holder: Holder, report: CheckpointReport) -> AsyncIterator[Put]:
+    """Stage an uploaded checkpoint; write its row within, and call what this gives in the same write, behind everything that
+    may refuse the report. Raises Invalid naming what is not there."""
     if not report.uploaded or report.corrupt:
-        yield
+        yield _nothing
         return
-    uploads = server.uploads
-    with uploads.lock(holder.job_id):
-        if await server.db.read(lambda session: _may_place(session, holder, report)):
-            target = _job_folder(server, holder) / "checkpoints" / report.name
-            hashes = {name: file.sha256 for name, file in report.files.items()}
-            hashes[MANIFEST] = report.manifest_sha256
-            await uploads.in_thread(_place_checkpoint, uploads, holder, report, hashes, target)
-        yield
-        await uploads.in_thread(
-            uploads.forget,
-            holder.job_id,
-            {report.manifest_sha256, *(file.sha256 for file in report.files.values())},
-        )
+    hashes = {name: file.sha256 for name, file in report.files.items()}
+    hashes[MANIFEST] = report.manifest_sha256
+    staged = Staged(holder, _job_folder(server, holder) / "checkpoints" / report.name)
+
+    def stage() -> None:
+        _stage_checkpoint(server.uploads, holder, report, hashes, staged)
+
+    may_place = functools.partial(_may_place, holder=holder, report=report)
+    async with _staged(server, staged, may_place, stage, hashes) as put:
+        yield put
 
 
 @contextlib.asynccontextmanager
-async def result_in_place(server: Server, holder: Holder, word: Finish) -> AsyncIterator[None]:
-    """Put an uploaded result in its place; write the job's end within. Raises Invalid naming what is not there."""
+async def result_to_place(server: Server, holder: Holder, word: Finish) -> AsyncIterator[Put]:
+    """Stage an uploaded result; write the job's end within, and call what this gives in the same write, before the job
+    moves. Raises Invalid naming what is not there."""
     if not word.uploaded or word.state != "succeeded":
-        yield
+        yield _nothing
         return
-    uploads = server.uploads
     hashes = {name: file.sha256 for name, file in word.files.items()}
-    with uploads.lock(holder.job_id):
-        if await server.db.read(lambda session: held(session, holder)) is not None:
-            target = _job_folder(server, holder) / "results"
-            await uploads.in_thread(_place, uploads, holder, word.files, hashes, target)
-        yield
-        await uploads.in_thread(uploads.forget, holder.job_id, set(hashes.values()))
+    staged = Staged(holder, _job_folder(server, holder) / "results")
+
+    def stage() -> None:
+        _stage(server.uploads, holder, word.files, hashes, staged)
+
+    async with _staged(
+        server, staged, lambda session: held(session, holder) is not None, stage, hashes
+    ) as put:
+        yield put
+
+
+@contextlib.asynccontextmanager
+async def _staged(
+    server: Server,
+    staged: Staged,
+    may_place: Callable[[Session], bool],
+    stage: Callable[[], None],
+    hashes: dict[str, str],
+) -> AsyncIterator[Put]:
+    uploads, job_id = server.uploads, staged.holder.job_id
+    with uploads.lock(job_id):
+        if await server.db.read(may_place):
+            await uploads.in_thread(stage)
+            try:
+                yield staged.put
+            finally:
+                await uploads.in_thread(staged.clear)
+        else:
+            yield _nothing
+        await uploads.in_thread(uploads.forget, job_id, set(hashes.values()))
 
 
 def _may_place(session: Session, holder: Holder, report: CheckpointReport) -> bool:
@@ -89,17 +154,19 @@ def _may_place(session: Session, holder: Holder, report: CheckpointReport) -> bo
     return session.exec(same.where(col(CheckpointRow.corrupt).is_(False))).first() is not None
 
 
-def _place_checkpoint(
-    uploads: Uploads, holder: Holder, report: CheckpointReport, hashes: dict[str, str], target: Path
+def _stage_checkpoint(
+    uploads: Uploads, holder: Holder, report: CheckpointReport, hashes: dict[str, str], staged: Staged
 ) -> None:
-    placed = target / MANIFEST
-    if placed.is_file() and hash_of(placed) == report.manifest_sha256 and _has_sizes(target, report.files):
+    staged.clear()
+    placed = staged.target / MANIFEST
+    is_there = placed.is_file() and hash_of(placed) == report.manifest_sha256
+    if is_there and _has_sizes(staged.target, report.files):
         return  # the answer to the same report was lost
     manifest = uploads.blob(holder.job_id, report.manifest_sha256)
     if not manifest.is_file():
         raise _missing(MANIFEST, report.manifest_sha256)
     _check_manifest(manifest, report)
-    _place(uploads, holder, report.files, hashes, target)
+    _stage(uploads, holder, report.files, hashes, staged)
 
 
 def _check_manifest(manifest: Path, report: CheckpointReport) -> None:
@@ -121,31 +188,24 @@ def _check_manifest(manifest: Path, report: CheckpointReport) -> None:
         )
 
 
-def _place(
-    uploads: Uploads, holder: Holder, files: dict[str, ManifestFile], hashes: dict[str, str], target: Path
+def _stage(
+    uploads: Uploads, holder: Holder, files: dict[str, ManifestFile], hashes: dict[str, str], staged: Staged
 ) -> None:
     for name, sha256 in hashes.items():
         blob = uploads.blob(holder.job_id, sha256)
         expected = files[name].bytes if name in files else None
         if not blob.is_file() or expected not in (None, blob.stat().st_size):
             raise _missing(name, sha256)
-    parent = target.parent
+    staged.clear()
+    parent, stage = staged.target.parent, staged.stage
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    stage, trash = parent / f".stage-{target.name}-{holder.attempt}", parent / f".trash-{target.name}"
-    for left in (stage, trash):  # of a server that was killed here
-        shutil.rmtree(left, ignore_errors=True)
     for name, sha256 in hashes.items():
         path = stage / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.link(uploads.blob(holder.job_id, sha256), path)
     for folder in [*(path for path in stage.rglob("*") if path.is_dir()), stage]:
         fsync(folder)
-    if target.exists():
-        target.rename(trash)
-    stage.rename(target)
-    fsync(parent)
     fsync(parent.parent)
-    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _has_sizes(target: Path, files: dict[str, ManifestFile]) -> bool:

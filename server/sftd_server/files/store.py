@@ -9,6 +9,7 @@ import os
 from datetime import datetime
 from pathlib import Path
 
+from sqlalchemy import Text, cast
 from sqlmodel import Session, col, delete, func, select
 
 from sftd.rows import FileSummary, RowsInvalid, check_file
@@ -91,19 +92,21 @@ async def remove(server: Server, file_id: str, caller: Caller) -> None:
             await asyncio.to_thread(path.unlink, missing_ok=True)
 
 
-async def remove_unused(server: Server, file_id: str, *, looked_upto: int) -> bool:
-    """Delete a file that no job named among those up to the number `looked_upto`, unless a newer one does."""
+async def remove_unused(server: Server, file_id: str) -> bool:
+    """Delete a file that no job names.
+
+    All jobs are looked at, behind the lock on the file's row that a post of a job shares: their numbers do not tell which
+    of them were there at an earlier look, since other servers may commit a lower number later.
+    """
 
     def work(session: Session) -> str | None:
         row = session.exec(select(FileRow).where(FileRow.id == file_id).with_for_update()).first()
         if row is None:
             return None
-        for newer in session.exec(select(JobRow.inputs).where(col(JobRow.number) > looked_upto)):
-            inputs = JobInputs.model_validate(newer)
-            if any(
-                input and input.file_id == file_id for input in (inputs.training_file, inputs.validation_file)
-            ):
-                return None
+        # Its id as text is enough to look for: where that stands in a file's name the file is kept, which harms nobody.
+        named = select(JobRow.number).where(cast(col(JobRow.inputs), Text).contains(file_id, autoescape=True))
+        if session.exec(named).first() is not None:
+            return None
         session.exec(delete(FileRow).where(col(FileRow.id) == file_id))
         return row.sha256
 

@@ -1,20 +1,18 @@
 """New jobs made from old ones: the same again, from scratch or from a checkpoint; or the same with other settings."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sqlmodel import Session, col, select
 
 from sftd.schemas import JobState, RetryRequest
-from sftd.spec import JobSpec
-from sftd_server.datafolder import DataFolder
+from sftd.spec import JOB_REFERENCE, JobSpec
 from sftd_server.errors import Conflict
 from sftd_server.jobs import submission
 from sftd_server.jobs.queries import whole_checkpoint, whole_checkpoints
 from sftd_server.jobs.service import JobInputs, Origin, find_job
 from sftd_server.jobs.states import TERMINAL
+from sftd_server.jobs.submission import Sources
 from sftd_server.tables import CheckpointRow, JobRow
 
 # Of these only one may stand in a spec: who gives one means it in place of the other.
@@ -26,14 +24,6 @@ _INSTEAD_OF = {
     "validation_file": "validation_split",
     "validation_split": "validation_file",
 }
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where the inputs of a job may lie."""
-
-    folder: DataFolder
-    model_roots: tuple[Path, ...]
 
 
 def retried(
@@ -78,6 +68,7 @@ def _checked(
 ) -> tuple[JobSpec, JobInputs]:
     fields = {name: value for name, value in json.loads(row.spec).items() if value is not None}
     fields["after"] = _still_waited_for(session, fields.get("after", []))
+    fields["base_model"] = _base_made_by_now(session, fields["base_model"])
     for name, value in overrides.items():
         if value is None:
             fields.pop(name, None)
@@ -85,23 +76,38 @@ def _checked(
         fields[name] = value
         if name in _INSTEAD_OF and overrides.get(_INSTEAD_OF[name]) is None:
             fields.pop(_INSTEAD_OF[name], None)
-    return submission.check(session, fields, folder=sources.folder, model_roots=sources.model_roots)
+    return submission.check(session, fields, sources)
 
 
 def _still_waited_for(session: Session, after: list[str]) -> list[str]:
     """What a copy of a job has to wait for: not for what has succeeded or is gone; for the retry of what failed."""
     wanted = []
     for job_id in after:
-        row = session.exec(select(JobRow).where(JobRow.id == job_id)).first()
-        while row is not None and row.state in (JobState.FAILED, JobState.CANCELLED):
-            newer = select(JobRow).where(JobRow.retry_of == row.id).order_by(col(JobRow.number).desc())
-            retry = session.exec(newer).first()
-            if retry is None:
-                break
-            row = retry
+        row = _newest_retry(session, job_id)
         if row is not None and row.state != JobState.SUCCEEDED:
             wanted.append(row.id)
     return list(dict.fromkeys(wanted))
+
+
+def _base_made_by_now(session: Session, base_model: str) -> str:
+    """The base of a copy: where the job whose result it was to be has failed, that of its retry."""
+    reference = JOB_REFERENCE.match(base_model)
+    if reference is None or reference["step"] is not None:
+        return base_model
+    row = _newest_retry(session, reference["job_id"])
+    return base_model if row is None else f"job:{row.id}"
+
+
+def _newest_retry(session: Session, job_id: str) -> JobRow | None:
+    """The job; where it has ended without success and was tried again, the newest of these tries."""
+    row = session.exec(select(JobRow).where(JobRow.id == job_id)).first()
+    while row is not None and row.state in (JobState.FAILED, JobState.CANCELLED):
+        newer = select(JobRow).where(JobRow.retry_of == row.id).order_by(col(JobRow.number).desc())
+        retry = session.exec(newer).first()
+        if retry is None:
+            break
+        row = retry
+    return row
 
 
 def _seed(session: Session, row: JobRow, request: RetryRequest) -> CheckpointRow | None:

@@ -16,8 +16,17 @@ from sftd_server.db import touch
 from sftd_server.errors import Conflict, Forbidden, Invalid
 from sftd_server.jobs import dependencies, scheduling
 from sftd_server.jobs.queries import checkpoint_answer, whole_checkpoint
-from sftd_server.jobs.service import Note, add_event, changeable_columns, own_job, update_seen
+from sftd_server.jobs.service import (
+    JobInputs,
+    Note,
+    add_event,
+    changeable_columns,
+    own_job,
+    unpinned_maker,
+    update_seen,
+)
 from sftd_server.jobs.states import TERMINAL
+from sftd_server.jobs.submission import base_of_result
 from sftd_server.mistakes import Mistake, mistakes_of
 from sftd_server.settings import Settings
 from sftd_server.tables import CheckpointRow, JobRow
@@ -48,10 +57,11 @@ def change(
             code="wrong_state",
             param="after",
         )
+    columns = changeable_columns(spec)
     if "after" in changed:
         _require_no_circle(session, row, spec)
         dependencies.replace(session, row, spec.after)
-    columns = changeable_columns(spec)
+        columns |= _pinned_base(session, row, spec)
     if "priority" in changed:
         columns["queue_rank"] = 0  # its rank was among jobs of the other priority
     update_seen(session, row, columns)
@@ -88,7 +98,7 @@ def _changed_spec(row: JobRow, changes: dict[str, Any]) -> JobSpec:  # JSON as p
 
 def _require_no_circle(session: Session, row: JobRow, spec: JobSpec) -> None:
     """Posted jobs can only name older ones, but a change can name any: then none of the circle would ever run."""
-    behind = {waiting.id for waiting, _ in dependencies.waiting_for(session, row)} | {row.id}
+    behind = dependencies.all_behind(session, row) | {row.id}
     wrong = [
         Mistake(f"after[{i}]", f"{job_id} waits for {row.id} itself; leave it out")
         for i, job_id in enumerate(spec.after)
@@ -96,6 +106,25 @@ def _require_no_circle(session: Session, row: JobRow, spec: JobSpec) -> None:
     ]
     if wrong:
         raise Invalid.of(wrong, code="invalid_spec")
+
+
+def _pinned_base(session: Session, row: JobRow, spec: JobSpec) -> dict[str, Any]:  # columns
+    """A base that was still being made when the job was posted, where `after` no longer waits for it: pinned if it is
+    done by now. Raises Invalid where it is not."""
+    maker = unpinned_maker(row)
+    if maker is None or maker in spec.after:
+        return {}
+    made_by = session.exec(select(JobRow).where(JobRow.id == maker).with_for_update(read=True)).first()
+    if made_by is None or made_by.state != JobState.SUCCEEDED:
+        state = "gone" if made_by is None else made_by.state
+        raise Invalid(
+            f"after: the result of {maker} is the base of {row.id}, and {maker} is {state}; leave it in, or clone the"
+            " job with another base_model.",
+            code="invalid_spec",
+            param="after",
+        )
+    inputs = JobInputs.model_validate(row.inputs).model_copy(update={"base": base_of_result(made_by)})
+    return {"inputs": inputs.model_dump(mode="json")}
 
 
 def _json(spec: JobSpec) -> dict[str, Any]:  # JSON: open by nature

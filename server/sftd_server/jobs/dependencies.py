@@ -1,4 +1,4 @@
-"""Which job waits for which. Ids must exist when they are named, so that no circle can be made."""
+"""Which job waits for which. A posted job can only name those before it; a change of `after` is looked at for circles."""
 
 from collections.abc import Sequence
 
@@ -48,13 +48,21 @@ def replace(session: Session, row: JobRow, after: Sequence[str]) -> None:
     if not after:
         return
     query = select(JobRow.id).where(col(JobRow.id).in_(after)).order_by(col(JobRow.number))
-    session.exec(query.with_for_update()).all()  # none of them ends before this transaction does
+    session.exec(query.with_for_update(read=True)).all()  # none of them ends before this transaction does
     wrong = mistakes(session, after)
     if wrong:
         raise Invalid.of(wrong, code="invalid_spec")
     for number in session.exec(select(JobRow.number).where(col(JobRow.id).in_(after))):
         assert number is not None
         session.add(DependencyRow(job=row.number, needs=number))
+    session.flush()
+
+
+def add(session: Session, row: JobRow, needed: JobRow) -> None:
+    """Let a job wait for one more."""
+    assert row.number is not None
+    assert needed.number is not None
+    session.merge(DependencyRow(job=row.number, needs=needed.number))
     session.flush()
 
 
@@ -87,6 +95,18 @@ def all_unmet(session: Session) -> list[tuple[int, JobRow]]:
     return list(session.exec(query).all())
 
 
+def hold_needed(session: Session, row: JobRow) -> None:
+    """Let none of the jobs that this one needs change before this write is done: one that fails meanwhile would not yet
+    see that this one waits for it."""
+    query = (
+        select(JobRow.id)
+        .join(DependencyRow, col(DependencyRow.needs) == col(JobRow.number))
+        .where(DependencyRow.job == row.number)
+        .order_by(col(JobRow.number))
+    )
+    session.exec(query.with_for_update(read=True, of=JobRow)).all()
+
+
 def is_needed(session: Session, row: JobRow) -> bool:
     """Whether any job waits, or has waited, for this one."""
     return (
@@ -114,6 +134,17 @@ def waiting_for(session: Session, row: JobRow) -> list[tuple[JobRow, str]]:
 
     A paused one stays as it is, with those behind it: it is looked at again when it is resumed.
     """
+    return _behind(session, row, col(JobRow.state) == JobState.QUEUED)
+
+
+def all_behind(session: Session, row: JobRow) -> set[str]:
+    """The ids of all jobs that are not over and wait for this one, paused ones and those behind them as well."""
+    found = _behind(session, row, col(JobRow.state).not_in(list(TERMINAL)))
+    return {waiting.id for waiting, _ in found}
+
+
+def _behind(session: Session, row: JobRow, which: ColumnElement[bool]) -> list[tuple[JobRow, str]]:
+    """Locked: two changes at once that would make a circle together meet at one of these rows."""
     found: dict[int | None, tuple[JobRow, str]] = {}
     ends = [row]
     while ends:
@@ -121,7 +152,7 @@ def waiting_for(session: Session, row: JobRow) -> list[tuple[JobRow, str]]:
         query = (
             select(JobRow)
             .join(DependencyRow, col(DependencyRow.job) == col(JobRow.number))
-            .where(DependencyRow.needs == needed.number, JobRow.state == JobState.QUEUED)
+            .where(DependencyRow.needs == needed.number, which)
             .order_by(col(JobRow.number))
         )
         for waiting in session.exec(query.with_for_update(of=JobRow)):

@@ -13,13 +13,12 @@ from pathlib import Path
 from sqlmodel import Session, col, delete, select
 
 from sftd.schemas import JobState
-from sftd.spec import JOB_REFERENCE
 from sftd_server.auth import Caller
 from sftd_server.db import touch
 from sftd_server.errors import Conflict
 from sftd_server.ids import new_id
 from sftd_server.jobs import dependencies
-from sftd_server.jobs.service import JobInputs, find_job, own_job
+from sftd_server.jobs.service import JobInputs, find_job, makers, own_job
 from sftd_server.jobs.states import TERMINAL
 from sftd_server.tables import JobRow
 
@@ -64,13 +63,8 @@ def _referred_to_by(session: Session, row: JobRow) -> str | None:
     seeded = session.exec(select(JobRow.id).where(*theirs, JobRow.seed_job == row.number)).first()
     if seeded is not None:
         return seeded
-    prefix = f"jobs/{row.id}/"
     for other in session.exec(select(JobRow).where(*theirs, col(JobRow.base_model).like("job:%"))):
-        reference = JOB_REFERENCE.match(other.base_model)
-        base = JobInputs.model_validate(other.inputs).base
-        paths = (base.path, base.base_model) if base else ()
-        named = reference is not None and reference["job_id"] == row.id
-        if named or any(path.startswith(prefix) for path in paths):
+        if row.id in makers(session, other.base_model, JobInputs.model_validate(other.inputs)):
             return other.id
     return None
 

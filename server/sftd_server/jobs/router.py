@@ -148,9 +148,7 @@ async def submit(
     value = read_json(await request.body())
 
     def check(session: Session) -> Checked:
-        spec, inputs = submission.check(
-            session, value, folder=server.folder, model_roots=server.settings.model_roots
-        )
+        spec, inputs = submission.check(session, value, _sources(server))
         return spec, inputs, None
 
     return await _submit(server, caller, idempotency_key, value, check)
@@ -222,7 +220,7 @@ async def retry(
     no checkpoint, it begins anew. Its result is that of a run that was never interrupted.
     """
     request = message or RetryRequest()
-    sources = again.Sources(server.folder, server.settings.model_roots)
+    sources = _sources(server)
     asked = {"retry": job_id, **request.model_dump(by_alias=True)}
     return await _submit(
         server,
@@ -244,7 +242,7 @@ async def clone(
     """Post a job with the same spec but for the fields in the body: `{"learning_rate": 1e-4}`; null stands for a field's
     default. It is checked like any new job and linked by `clone_of`."""
     overrides = await _fields(request)
-    sources = again.Sources(server.folder, server.settings.model_roots)
+    sources = _sources(server)
     asked = {"clone": job_id, "overrides": overrides}
     return await _submit(
         server,
@@ -452,6 +450,10 @@ Listing = Callable[..., Any]  # queries.logs or queries.events
 async def _job(server: Server, job_id: str) -> Job:
     context = queries.Context(server.settings, server.clock.now())
     return await server.db.read(lambda session: queries.job(session, job_id, context))
+
+
+def _sources(server: Server) -> submission.Sources:
+    return submission.Sources(server.folder, server.settings.model_roots, has_store=server.store is not None)
 
 
 async def _submit(

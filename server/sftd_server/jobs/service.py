@@ -16,7 +16,7 @@ from sqlmodel import Session, col, select, update
 
 from sftd.protocol import BaseRef, InputFile
 from sftd.schemas import FailureReason, JobState, PauseReason, Want
-from sftd.spec import JobSpec
+from sftd.spec import JOB_REFERENCE, JobSpec
 from sftd_server.auth import Caller
 from sftd_server.db import touch
 from sftd_server.errors import Conflict, Invalid, NotFound
@@ -25,6 +25,8 @@ from sftd_server.jobs import accounts, dependencies
 from sftd_server.jobs.states import LEASED, TERMINAL, Facts, Trigger, next_state
 from sftd_server.tables import CheckpointRow, EventRow, FileRow, JobRow
 
+ADAPTERS = ("lora", "qlora")  # methods whose result stands on another model
+_MADE_BY = re.compile(r"^jobs/(?P<job_id>[^/]+)/")
 CHECKPOINT_PATH = re.compile(r"^jobs/(?P<job_id>[^/]+)/checkpoints/(?P<name>[^/]+)$")
 
 
@@ -104,7 +106,7 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
             return earlier
     _require_files(session, submission.inputs)
     spec, origin = submission.spec, submission.origin or Origin("Waiting for a worker.")
-    _require_base(session, submission.inputs.base)
+    _require_base(session, spec.base_model, submission.inputs)
     _require_seed(session, origin)
     row = JobRow(
         id=new_id("job"),
@@ -158,9 +160,44 @@ def _require_files(session: Session, inputs: JobInputs) -> None:
             raise Invalid(f"{field}: there is no file {file.file_id!r}.", code="invalid_spec", param=field)
 
 
-def _require_base(session: Session, base: BaseRef | None) -> None:
-    """The checkpoint that a job builds on is still there: retention may have taken it since it was looked up."""
-    for path in {base.path, base.base_model} if base else ():
+def makers(session: Session, base_model: str, inputs: JobInputs) -> set[str]:
+    """The ids of the jobs whose files a job reads as its base, or will read when it is claimed: the one that it names, and
+    the one that an adapter of that stands on."""
+    found: set[str] = set()
+    base, paths = inputs.base, [inputs.base.path, inputs.base.base_model] if inputs.base else []
+    reference = JOB_REFERENCE.match(base_model)
+    while reference is not None and reference["job_id"] not in found:
+        found.add(reference["job_id"])
+        row = session.exec(select(JobRow).where(JobRow.id == reference["job_id"])).first()
+        if base is not None or row is None:
+            break
+        base, reference = JobInputs.model_validate(row.inputs).base, JOB_REFERENCE.match(row.base_model)
+        if base is not None and row.method in ADAPTERS:
+            paths.append(base.base_model)
+    return found | {match["job_id"] for path in paths if (match := _MADE_BY.match(path))}
+
+
+def unpinned_maker(row: JobRow) -> str | None:
+    """The id of the job whose result is to be this one's base, where that is not pinned yet."""
+    reference = JOB_REFERENCE.match(row.base_model)
+    pinned = JobInputs.model_validate(row.inputs).base is not None
+    return None if reference is None or pinned else reference["job_id"]
+
+
+def _require_base(session: Session, base_model: str, inputs: JobInputs) -> None:
+    """The jobs and the checkpoint that a job builds on are still there: they may have been deleted since they were looked
+    up. A DELETE looks for jobs that need a row after it has locked it, as this does."""
+    named = makers(session, base_model, inputs)
+    held = select(JobRow.id).where(col(JobRow.id).in_(named)).order_by(col(JobRow.number))
+    there = set(session.exec(held.with_for_update(read=True)))
+    if gone := named - there:
+        raise Invalid(
+            f"base_model: there is no job {min(gone)!r} any more; GET /jobs lists them.",
+            code="invalid_spec",
+            param="base_model",
+        )
+    base = inputs.base
+    for path in sorted({base.path, base.base_model}) if base else ():
         found = CHECKPOINT_PATH.match(path)
         if found:
             require_checkpoint(session, found["job_id"], found["name"], field="base_model")
@@ -170,7 +207,9 @@ def _require_seed(session: Session, origin: "Origin") -> None:
     """And so is the checkpoint that it goes on from."""
     if origin.seed_job is not None and origin.seed_checkpoint is not None:
         query = select(JobRow.id).where(JobRow.number == origin.seed_job)
-        job_id = session.exec(query).first() or "a job that was deleted"
+        job_id = session.exec(query.with_for_update(read=True)).first()
+        if job_id is None:
+            raise NotFound("The job to go on from has just been deleted.", code="unknown_job")
         require_checkpoint(session, job_id, origin.seed_checkpoint, field="from")
 
 
@@ -259,15 +298,14 @@ def resume(session: Session, job_id: str, caller: Caller, now: datetime) -> None
         note = Note("resumed", f"{caller.name} took the pause back.")
         wish(session, row, Want.RUN, note, now, values={"pause_reason": None})
         return
+    dependencies.hold_needed(session, row)
     note = Note("queued", f"Resumed by {caller.name}; waiting for a worker.")
     # Its user knows better than the disk, which does not tell of quotas.
     values = {"want": Want.RUN, "not_before": now, "queued_at": now, "needs_disk_bytes": None}
     _require(move(session, row, Trigger.RESUME, now=now, notes=[note], values=values), row, "resume")
     lost = dependencies.failed_need(session, row)
     if lost is not None:  # it ended while this one was put aside
-        queued = find_job(session, row.id, lock=True)
-        _fail_waiting(session, queued, lost, now)
-        _fail_those_waiting_for(session, queued, now)
+        fail_waiting(session, find_job(session, row.id, lock=True), lost, now)
 
 
 def wish(
@@ -358,6 +396,12 @@ def move(
     if to in (JobState.FAILED, JobState.CANCELLED):
         _fail_those_waiting_for(session, row, now)
     return to
+
+
+def fail_waiting(session: Session, row: JobRow, needed: str, now: datetime) -> None:
+    """End a queued job that waits for one that has ended without success, and those that wait for it in turn."""
+    _fail_waiting(session, row, needed, now)
+    _fail_those_waiting_for(session, row, now)
 
 
 def _fail_those_waiting_for(session: Session, row: JobRow, now: datetime) -> None:

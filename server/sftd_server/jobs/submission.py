@@ -13,15 +13,23 @@ from sqlmodel import Session, col, select
 
 from sftd.protocol import BaseRef, InputFile
 from sftd.spec import JOB_REFERENCE, JobSpec
+from sftd_server.artifacts.mirror import stored_of
 from sftd_server.datafolder import DataFolder
 from sftd_server.errors import Invalid
 from sftd_server.jobs import dependencies
-from sftd_server.jobs.service import JobInputs
+from sftd_server.jobs.service import ADAPTERS, JobInputs
 from sftd_server.jobs.states import TERMINAL
 from sftd_server.mistakes import Mistake, mistakes_of
 from sftd_server.tables import CheckpointRow, FileRow, JobRow
 
-_ADAPTERS = ("lora", "qlora")
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the inputs of a job may lie."""
+
+    folder: DataFolder
+    model_roots: tuple[Path, ...]
+    has_store: bool = False  # what the data folder has lost can be brought back from the artifact store
 
 
 @dataclass
@@ -36,9 +44,7 @@ class _Found:
         self.mistakes.append(Mistake(name, message))
 
 
-def check(
-    session: Session, value: Any, *, folder: DataFolder, model_roots: tuple[Path, ...]
-) -> tuple[JobSpec, JobInputs]:  # value: any JSON
+def check(session: Session, value: Any, sources: Sources) -> tuple[JobSpec, JobInputs]:  # value: any JSON
     """The spec and its inputs. Raises Invalid with every mistake at once."""
     if not isinstance(value, dict):
         raise Invalid("body: must be a JSON object, the job spec", code="invalid_spec", param="body")
@@ -46,12 +52,12 @@ def check(
     found = _Found()
     for name in ("training_file", "validation_file"):
         if isinstance(value.get(name), str):
-            _find_file(session, found, name, value[name], folder)
+            _find_file(session, found, name, value[name], sources.folder)
     base_model = value.get("base_model")
     after = spec.after if spec else []
     found.mistakes += dependencies.mistakes(session, after)
     if isinstance(base_model, str) and not any(mistake.field == "base_model" for mistake in mistakes):
-        _find_base(session, found, base_model, value.get("method", "lora"), spec, folder, model_roots)
+        _find_base(session, found, base_model, value.get("method", "lora"), spec, sources)
     named = {mistake.field for mistake in mistakes}
     mistakes += [mistake for mistake in found.mistakes if mistake.field not in named]
     if mistakes or spec is None:
@@ -93,8 +99,7 @@ def _find_base(
     base_model: str,
     method: Any,
     spec: JobSpec | None,
-    folder: DataFolder,
-    model_roots: tuple[Path, ...],
+    sources: Sources,
 ) -> None:  # method: as posted, perhaps no string
     reference = JOB_REFERENCE.match(base_model)
     if reference:
@@ -106,22 +111,25 @@ def _find_base(
         if step is None and spec is not None and row.id in spec.after and row.state not in TERMINAL:
             _check_method(found, row, method, spec)  # its result is there when this job's turn comes
             return
-        path = _path_in_job(session, found, row, None if step is None else int(step), folder)
+        path = _path_in_job(session, found, row, None if step is None else int(step), sources)
         if path is not None:
             found.base = base_of(row, path)
             _check_method(found, row, method, spec)
     elif base_model.startswith("/"):
-        _check_local(found, Path(base_model), model_roots)
+        _check_local(found, Path(base_model), sources.model_roots)
     else:
-        local = next((root / base_model for root in model_roots if (root / base_model).is_dir()), None)
+        folders = [root / base_model for root in sources.model_roots]
+        local = next((folder for folder in folders if folder.is_dir()), None)
         if local is not None:
-            _check_local(found, local, model_roots)
+            _check_local(found, local, sources.model_roots)
 
 
 def _path_in_job(
-    session: Session, found: _Found, row: JobRow, step: int | None, folder: DataFolder
+    session: Session, found: _Found, row: JobRow, step: int | None, sources: Sources
 ) -> str | None:
-    """The folder of a job's result or checkpoint, relative to the data folder."""
+    """The folder of a job's result or checkpoint, relative to the data folder. It may be gone there and whole in the store:
+    the job's worker has it brought back."""
+    job_name = sources.folder.job_name(row.id)
     if step is None:
         if row.state != "succeeded":
             found.note(
@@ -130,7 +138,7 @@ def _path_in_job(
                 f" job:{row.id}@<step>",
             )
             return None
-        path = f"{folder.job_name(row.id)}/results"
+        path, files, hashes = f"{job_name}/results", row.result or {}, set[str]()
     else:
         query = (
             select(CheckpointRow)
@@ -145,23 +153,43 @@ def _path_in_job(
                 f"{row.id} has no checkpoint of step {step}; GET /jobs/{row.id}/checkpoints lists them",
             )
             return None
-        path = f"{folder.job_name(row.id)}/checkpoints/{checkpoint.name}"
-    if not (folder.path / path).is_dir():
-        found.note("base_model", f"{row.id} has no files at {path} any more; choose another checkpoint")
-        return None
-    return path
+        path, files = f"{job_name}/checkpoints/{checkpoint.name}", checkpoint.files
+        hashes = {checkpoint.manifest_sha256}
+    if (sources.folder.path / path).is_dir():
+        return path
+    hashes |= {str(file["sha256"]) for file in files.values()}
+    if not files or stored_of(session, hashes) != hashes:
+        found.note(
+            "base_model",
+            f"{row.id} has no files at {path} any more, nor whole in an artifact store; have them put back there from a"
+            " backup, or choose another checkpoint",
+        )
+    elif not sources.has_store:
+        found.note(
+            "base_model",
+            f"{row.id} has no files at {path} any more; they are in the artifact store, which this server does not use:"
+            " have SFTD_ARTIFACTS_URL set, or choose another checkpoint",
+        )
+    else:
+        return path
+    return None
+
+
+def base_of_result(row: JobRow) -> BaseRef:
+    """What a job that has succeeded made, as the base of another job."""
+    return base_of(row, f"jobs/{row.id}/results")
 
 
 def base_of(row: JobRow, path: str) -> BaseRef:
     """A job's result or checkpoint as the base of another job."""
-    if row.method not in _ADAPTERS:
+    if row.method not in ADAPTERS:
         return BaseRef(path=path, is_adapter=False, base_model=path)
     earlier = JobInputs.model_validate(row.inputs).base
     return BaseRef(path=path, is_adapter=True, base_model=earlier.base_model if earlier else row.base_model)
 
 
 def _check_method(found: _Found, row: JobRow, method: Any, spec: JobSpec | None) -> None:  # method: as posted
-    if row.method not in _ADAPTERS:
+    if row.method not in ADAPTERS:
         return
     if method == "full":
         found.note(

@@ -6,16 +6,16 @@ from datetime import datetime
 
 from sqlmodel import Session, col, select, update
 
-from sftd.protocol import BaseRef, CheckpointRef, Claim, Lease
+from sftd.protocol import CheckpointRef, Claim, Lease
 from sftd.schemas import JobState
-from sftd.spec import JOB_REFERENCE, JobSpec
+from sftd.spec import JobSpec
 from sftd_server.errors import Conflict
-from sftd_server.jobs import scheduling
+from sftd_server.jobs import dependencies, scheduling
 from sftd_server.jobs.queries import whole_checkpoints
 from sftd_server.jobs.scheduling import Place
-from sftd_server.jobs.service import JobInputs, Note, find_job, move
-from sftd_server.jobs.states import Trigger
-from sftd_server.jobs.submission import base_of
+from sftd_server.jobs.service import JobInputs, Note, fail_waiting, move, unpinned_maker
+from sftd_server.jobs.states import TERMINAL, Trigger
+from sftd_server.jobs.submission import base_of_result
 from sftd_server.settings import Settings
 from sftd_server.tables import AttemptRow, CheckpointRow, JobRow, StreamRow, WorkerRow
 from sftd_server.workers.leases import deadlines, sha256, start_by
@@ -49,12 +49,12 @@ def claim(
     ).first()
     if earlier is not None:
         return _claim_again(session, earlier, secret=secret, settings=settings, now=now)
-    row = _next_job(session, place, settings, now)
-    if row is None:
+    found = _next_job(session, place, settings, now)
+    if found is None:
         return None
+    row, inputs = found
     attempt = row.attempt + 1
     token = _token(secret, row.id, attempt, claim.request_id)
-    inputs = _pinned(session, row)
     values = {
         "attempt": attempt,
         "token_sha256": sha256(token),
@@ -79,15 +79,18 @@ def claim(
     return _lease(session, row, inputs, attempt, token, settings, next_seq=dict.fromkeys(STREAMS, 0))
 
 
-def _next_job(session: Session, place: Place, settings: Settings, now: datetime) -> JobRow | None:
-    """The first job for this worker that no other claim is taking at this moment, locked."""
+def _next_job(
+    session: Session, place: Place, settings: Settings, now: datetime
+) -> tuple[JobRow, JobInputs] | None:
+    """The first job for this worker that no other claim is taking at this moment, locked; and what it reads."""
     if place.draining:
         return None
     for found in scheduling.next_jobs(session, place, settings, now):
         query = select(JobRow).where(JobRow.number == found.number, scheduling.is_ready(now))
         row = session.exec(query.with_for_update(skip_locked=True, of=JobRow)).first()
-        if row is not None:
-            return row
+        inputs = _pinned(session, row, now) if row is not None else None
+        if row is not None and inputs is not None:
+            return row, inputs
     return None
 
 
@@ -108,15 +111,20 @@ def _place(claim: Claim, row: WorkerRow) -> Place:
     )
 
 
-def _pinned(session: Session, row: JobRow) -> JobInputs:
-    """What the job reads. A base that was still being made when the job was posted is done now."""
-    inputs = JobInputs.model_validate(row.inputs)
-    reference = JOB_REFERENCE.match(row.base_model)
-    if reference is None or inputs.base is not None:
+def _pinned(session: Session, row: JobRow, now: datetime) -> JobInputs | None:
+    """What the job reads. A base that was still being made when the job was posted should be done now: where it is not,
+    None, and the job waits for it, or fails with it."""
+    inputs, maker = JobInputs.model_validate(row.inputs), unpinned_maker(row)
+    if maker is None:
         return inputs
-    made_by = find_job(session, reference["job_id"])
-    base: BaseRef = base_of(made_by, f"jobs/{made_by.id}/results")
-    return inputs.model_copy(update={"base": base})
+    made_by = session.exec(select(JobRow).where(JobRow.id == maker).with_for_update(read=True)).first()
+    if made_by is not None and made_by.state == JobState.SUCCEEDED:
+        return inputs.model_copy(update={"base": base_of_result(made_by)})
+    if made_by is None or made_by.state in TERMINAL:
+        fail_waiting(session, row, maker, now)
+    else:
+        dependencies.add(session, row, made_by)
+    return None
 
 
 def _claim_again(

@@ -25,7 +25,7 @@ from sftd.protocol import (
     Release,
     Welcome,
 )
-from sftd_server.artifacts.placing import checkpoint_in_place, result_in_place
+from sftd_server.artifacts.placing import checkpoint_to_place, result_to_place
 from sftd_server.auth import Caller, caller_of
 from sftd_server.db import MAX_BATCH
 from sftd_server.errors import Unavailable, error_responses
@@ -166,8 +166,13 @@ async def checkpoints(job_id: JobId, message: CheckpointReport, token: Token, se
     """Put a whole checkpoint on record, or strike one that does not verify any more."""
     holder = leases.holder(job_id, message.attempt, token)
     now = server.clock.now()
-    async with checkpoint_in_place(server, holder, message):
-        await server.db.write(lambda session: reports.checkpoint(session, holder, message, now))
+    async with checkpoint_to_place(server, holder, message) as put:
+
+        def write(session: Session) -> None:
+            reports.checkpoint(session, holder, message, now)
+            put(session)
+
+        await server.db.write(write)
     return Ok()
 
 
@@ -176,10 +181,13 @@ async def finish(job_id: JobId, message: Finish, token: Token, server: ServerDep
     """The attempt's last word; the same word may be sent again."""
     holder = leases.holder(job_id, message.attempt, token)
     now = server.clock.now()
-    async with result_in_place(server, holder, message):
-        await server.db.write(
-            lambda session: endings.finish(session, holder, message, settings=server.settings, now=now)
-        )
+    async with result_to_place(server, holder, message) as put:
+
+        def write(session: Session) -> None:
+            put(session)
+            endings.finish(session, holder, message, settings=server.settings, now=now)
+
+        await server.db.write(write)
     return Ok()
 
 

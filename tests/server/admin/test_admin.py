@@ -16,10 +16,13 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlmodel import update
 from tests.postgres import Postgres
 
 from sftd_server.admin.check import check
+from sftd_server.artifacts.mirror import LEAVING, Mirror
 from sftd_server.settings import Settings
+from sftd_server.tables import StoredRow
 
 BOTH = pytest.mark.parametrize("database", ["sqlite", "postgres"], indirect=True)
 Admin = Callable[..., subprocess.CompletedProcess[str]]
@@ -319,6 +322,61 @@ def test_damaged_and_missing_files_are_found(make_box, admin: Admin, tmp_path: P
     assert restored.returncode == 2  # a hash is wrong
     assert not (tmp_path / "again").exists()
     assert admin("restore", tmp_path / "saved", "--data", tmp_path / "again", "--quick").returncode == 0
+
+
+def test_what_the_store_alone_has_is_counted_and_looked_for(make_box, admin: Admin, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    url = {"SFTD_ARTIFACTS_URL": f"file://{store}"}
+    box = make_box(artifacts_url=url["SFTD_ARTIFACTS_URL"], mirror_seconds=3600)
+    done, *_ = fill(box)
+    result = tmp_path / "data" / "jobs" / done / "results" / "adapter"
+    # The folders of checkpoints have no manifest here, and are not mirrored.
+    box.run(Mirror(box.server).tick())
+    result.unlink()
+    data = ("--data", tmp_path / "data")
+
+    assert admin("check", "--deep", *data, **url).returncode == 0
+    saved = admin("backup", tmp_path / "saved", *data, **url)
+    restored = admin("restore", tmp_path / "saved", "--data", tmp_path / "again", **url)
+    not_told_where = admin("restore", tmp_path / "saved", "--data", tmp_path / "third")
+    assert (saved.returncode, restored.returncode, not_told_where.returncode) == (0, 0, 1)
+    assert "NOT in this backup: 1 file (10 bytes)" in saved.stdout
+    assert json.loads((tmp_path / "saved" / "backup.json").read_text())["num_only_in_store"] == 1
+    assert "1 file (10 bytes) were not in the backup" in restored.stdout
+    assert "SFTD_ARTIFACTS_URL" in not_told_where.stderr
+    assert (tmp_path / "third" / "sftd.db").exists()  # what there is, is there
+    assert "SFTD_ARTIFACTS_URL" in admin("check", *data).stdout
+
+    (blob,) = (store / "blobs").rglob(hashlib.sha256(b"the result").hexdigest())
+    blob.write_bytes(b"the re5ult")
+    assert admin("check", *data, **url).returncode == 0
+    assert "has another hash there" in admin("check", "--deep", *data, **url).stdout
+    blob.write_bytes(b"the")
+    assert "has 3 bytes there" in admin("check", *data, **url).stdout
+    blob.unlink()
+    gone = "results/adapter is neither there nor in the artifact store"
+    assert gone in admin("check", *data, **url).stdout
+    lost = admin("restore", tmp_path / "saved", "--data", tmp_path / "fourth", **url)
+    assert lost.returncode == 1
+    assert f"jobs/{done}/results/adapter (job {done}, result) is neither" in lost.stderr
+
+
+def test_a_blob_that_leaves_the_store_does_not_count_as_stored(
+    make_box, admin: Admin, tmp_path: Path
+) -> None:
+    box = make_box(artifacts_url=f"file://{tmp_path}/store", mirror_seconds=3600)
+    done, *_ = fill(box)
+    box.run(Mirror(box.server).tick())
+    (tmp_path / "data" / "jobs" / done / "results" / "adapter").unlink()
+    leaving = update(StoredRow).values(bytes=LEAVING)
+    box.run(box.server.db.write(lambda session: session.exec(leaving).rowcount))
+
+    found = admin("check", "--data", tmp_path / "data", SFTD_ARTIFACTS_URL=f"file://{tmp_path}/store")
+    saved = admin("backup", tmp_path / "saved", "--data", tmp_path / "data")
+
+    assert "results/adapter is not there" in found.stdout
+    assert (found.returncode, saved.returncode) == (1, 1)
+    assert "results/adapter" in saved.stderr
 
 
 def test_nothing_is_written_over(make_box, admin: Admin, tmp_path: Path) -> None:

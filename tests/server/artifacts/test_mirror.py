@@ -77,10 +77,10 @@ def is_safe(box, name: str) -> bool:
     return box.run(box.server.db.read(lambda session: is_safely_stored(session, found)))
 
 
-def restore(lease, kind: str, *, name: str):
+def restore(lease, kind: str, *, name: str, of: str | None = None):
     return lease.worker.post(
         f"/worker/jobs/{lease.job_id}/restore",
-        json={"attempt": lease.attempt, "kind": kind, "name": name},
+        json={"attempt": lease.attempt, "kind": kind, "name": name, "of": of},
         headers={"X-Lease-Token": lease.token},
     )
 
@@ -301,6 +301,36 @@ def test_a_lost_data_file_is_brought_back(make_box, bucket) -> None:
 
     assert restore(lease, "inputs", name=file["sha256"]).json() == {"ready": True}
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("at", ["", "@5"])
+def test_a_job_may_build_on_what_lies_in_the_store_alone(make_box, bucket, assert_error, at: str) -> None:
+    box = make_box(**bucket.settings)
+    made = box.running(method="full")
+    folders = checkpoint(box, made, 5), result(box, made)
+    for folder in folders:
+        shutil.rmtree(folder)
+    body = box.spec(base_model=f"job:{made.job_id}{at}", method="full")
+    error = assert_error(box.admin.post("/jobs", json=body), 422, "invalid_spec")
+    assert "put back there from a backup" in error["message"]
+    lay_down(folders[0], SMALL, 5)
+    lay_down(folders[1], SMALL)
+    mirror(box)
+    for folder in folders:
+        shutil.rmtree(folder)
+
+    box.submit(base_model=f"job:{made.job_id}{at}", method="full")
+
+    lease = box.claim()
+    kind, name = ("checkpoints", "checkpoint-5") if at else ("results", "results")
+    assert lease.answer["base"]["path"].endswith(name)
+    assert restore(lease, kind, name=name, of=made.job_id).json() == {"ready": True}
+    assert (folders[0 if at else 1] / "a.txt").read_bytes() == b"12345"
+
+    shutil.rmtree(folders[0 if at else 1])
+    box.server.store = None
+    error = assert_error(box.admin.post("/jobs", json=body), 422, "invalid_spec")
+    assert "SFTD_ARTIFACTS_URL" in error["message"]
 
 
 def test_without_a_store_there_is_nothing_to_bring_back(box, assert_error) -> None:

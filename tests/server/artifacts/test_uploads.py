@@ -1,11 +1,20 @@
 """Uploads of workers without the shared folder: in pieces, resumable, hashed; and what they become."""
 
+import asyncio
 import hashlib
 import json
 import os
 import time
 
 import pytest
+
+from sftd.protocol import CheckpointReport, Finish
+from sftd.schemas import ManifestFile
+from sftd_server.artifacts import placing
+from sftd_server.artifacts.placing import checkpoint_to_place, result_to_place
+from sftd_server.workers import leases
+
+SEVERAL_SERVERS = pytest.mark.parametrize("database", ["postgres"], indirect=True, scope="module")
 
 WEIGHTS = bytes(range(256)) * 20_000  # 5 MB
 
@@ -288,6 +297,110 @@ def test_a_stale_worker_does_not_touch_what_the_next_attempt_laid_down(box, asse
     assert_error(report(stale, 5, {"a.txt": b"of the first"}), 409, "stale_lease")
     path = box.server.folder.path / "jobs" / lease.job_id / "checkpoints/checkpoint-5/a.txt"
     assert path.read_bytes() == b"of the second"
+
+
+def test_a_lease_that_ends_while_its_checkpoint_is_staged_leaves_the_recorded_one_alone(box) -> None:
+    first = box.running()
+    sent_checkpoint(first, 5, {"a.txt": b"on record"})
+    report(first, 5, {"a.txt": b"on record"})
+    box.expire()
+    stale = box.claim()
+    stale.start()
+    content = {"a.txt": b"of a stale attempt"}
+    sent_checkpoint(stale, 5, content)
+    holder = leases.holder(stale.job_id, stale.attempt, stale.token)
+    message = CheckpointReport(
+        attempt=stale.attempt,
+        step=5,
+        name="checkpoint-5",
+        manifest_sha256=sha(manifest_of(5, content)),
+        files=files_of(content),
+        uploaded=True,
+    )
+
+    async def late() -> None:
+        async with checkpoint_to_place(box.server, holder, message) as put:
+            await asyncio.to_thread(box.expire)
+            await asyncio.to_thread(box.claim)
+            await box.server.db.write(put)
+
+    box.run(late())
+
+    folder = box.server.folder.path / "jobs" / stale.job_id / "checkpoints"
+    assert (folder / "checkpoint-5/a.txt").read_bytes() == b"on record"
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-5"]
+
+
+def test_a_lease_that_ends_while_its_result_is_staged_leaves_none(box) -> None:
+    stale = box.running()
+    send(stale, b"result")
+    holder = leases.holder(stale.job_id, stale.attempt, stale.token)
+    files = files_of({"a.txt": b"result"})
+    word = Finish(attempt=stale.attempt, state="succeeded", files=files, uploaded=True)
+
+    async def late() -> None:
+        async with result_to_place(box.server, holder, word) as put:
+            await asyncio.to_thread(box.expire)
+            await box.server.db.write(put)
+
+    box.run(late())
+
+    assert not list((box.server.folder.path / "jobs" / stale.job_id).glob("*result*"))
+    assert box.state(stale.job_id) == "queued"
+
+
+def test_a_write_that_fails_behind_the_rename_is_made_good_by_the_next_report(box) -> None:
+    lease = box.running()
+    sent_checkpoint(lease, 5)
+    holder = leases.holder(lease.job_id, lease.attempt, lease.token)
+    message = CheckpointReport(
+        attempt=1,
+        step=5,
+        name="checkpoint-5",
+        manifest_sha256=sha(manifest_of(5, CONTENT)),
+        files=files_of(CONTENT),
+        uploaded=True,
+    )
+
+    async def crash() -> None:
+        async with checkpoint_to_place(box.server, holder, message) as put:
+
+            def write(session) -> None:
+                put(session)
+                put(session)  # as where another server came between, and the write is done anew
+                raise ConnectionError
+
+            await box.server.db.write(write)
+
+    with pytest.raises(ConnectionError):
+        box.run(crash())
+    assert box.admin.get(f"/jobs/{lease.job_id}/checkpoints").json()["data"] == []
+
+    assert report(lease, 5, CONTENT).status_code == 200
+    assert box.admin.get(f"/jobs/{lease.job_id}/checkpoints/5/files/copy.json").content == b"{}"
+    assert uploads(box, lease) == []
+
+
+@SEVERAL_SERVERS
+def test_the_job_is_not_handed_on_between_the_rename_and_the_row(make_box) -> None:
+    here, there = make_box(), make_box()
+    lease = here.running()
+    sent_checkpoint(lease, 5)
+    holder = leases.holder(lease.job_id, lease.attempt, lease.token)
+    hashes = {name: sha(data) for name, data in CONTENT.items()}
+    staged = placing.Staged(
+        holder, here.server.folder.path / "jobs" / lease.job_id / "checkpoints/checkpoint-5"
+    )
+    files = {name: ManifestFile(**file) for name, file in files_of(CONTENT).items()}
+    placing._stage(here.server.uploads, holder, files, hashes, staged)
+
+    with here.in_open_write(staged.put):
+        there.expire()
+        assert there.state(lease.job_id) == "running"
+
+    there.reap()
+    assert there.state(lease.job_id) == "queued"
+    assert (staged.target / "copy.json").read_bytes() == b"{}"
 
 
 def test_a_report_that_goes_backwards_leaves_the_files_alone(box, assert_error) -> None:

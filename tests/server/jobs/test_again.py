@@ -93,6 +93,32 @@ def test_a_retry_of_a_retry_without_checkpoints_goes_on_from_the_first_job(box) 
     assert refs[0]["folder"] == f"jobs/{old.job_id}"
 
 
+def test_the_retries_of_a_pipeline_build_on_each_other(box) -> None:
+    first = box.running(lora={"rank": 4})
+    second = box.submit(base_model=f"job:{first.job_id}", after=[first.job_id], lora={"rank": 4})
+    third = box.submit(base_model=f"job:{second}", after=[second], lora={"rank": 4})
+    first.checkpoint(10)
+    first.finish("failed")
+
+    again = [post(box, job_id, "retry").json() for job_id in (first.job_id, second, third)]
+    copy = post(box, third, "clone", {}).json()
+
+    assert [job["after"] for job in again] == [[], [again[0]["id"]], [again[1]["id"]]]
+    assert [job["spec"]["base_model"] for job in again] == [
+        "org/model",
+        f"job:{again[0]['id']}",
+        f"job:{again[1]['id']}",
+    ]
+    assert (copy["after"], copy["spec"]["base_model"]) == ([again[1]["id"]], f"job:{again[1]['id']}")
+    bases = []
+    for _ in again:
+        lease = box.claim(protocol=2)
+        bases.append(lease.answer["base"] and lease.answer["base"]["path"])
+        lease.start()
+        lease.finish()
+    assert bases == [None, *(f"jobs/{job['id']}/results" for job in again[:2])]
+
+
 def test_a_damaged_seed_is_struck_from_the_job_that_wrote_it(box) -> None:
     old = ended(box)
     post(box, old.job_id, "retry")

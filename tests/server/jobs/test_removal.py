@@ -1,12 +1,18 @@
 """Deleting jobs, with their folders."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from sqlmodel import func, select
 
 from sftd_server import tables
+from sftd_server.auth import Caller
+from sftd_server.jobs import removal, service, submission
+
+ADMIN = Caller(key_id="k", name="admin", role="admin")
+SEVERAL_SERVERS = pytest.mark.parametrize("database", ["postgres"], indirect=True, scope="module")
 
 
 def folder_of(box, job_id: str) -> Path:
@@ -109,6 +115,89 @@ def test_a_job_that_another_needs_stays(box, assert_error) -> None:
     assert base in error["message"]
     box.admin.post(f"/jobs/{base}/cancel")
     assert box.admin.delete(f"/jobs/{old.job_id}").status_code == 204
+
+
+def finished(box, **fields) -> str:
+    """A job that has succeeded, with its folder."""
+    lease = box.running(**fields)
+    lease.checkpoint(10)
+    lease.finish()
+    folder_of(box, lease.job_id)
+    return lease.job_id
+
+
+def test_what_the_base_of_a_waiting_job_stands_on_stays(box, assert_error) -> None:
+    whole = finished(box, method="full")
+    adapter = box.running(base_model=f"job:{whole}")
+    waits = box.submit(base_model=f"job:{adapter.job_id}", after=[adapter.job_id])
+    adapter.finish()
+
+    error = assert_error(box.admin.delete(f"/jobs/{whole}"), 409, "job_needed")
+
+    assert waits in error["message"]
+    lease = box.claim()
+    assert (lease.job_id, lease.answer["base"]["base_model"]) == (waits, f"jobs/{whole}/results")
+    assert_error(box.admin.delete(f"/jobs/{whole}"), 409, "job_needed")
+    lease.start()
+    lease.finish()
+    assert box.admin.delete(f"/jobs/{whole}").status_code == 204
+
+
+@pytest.mark.parametrize("kind", ["result", "checkpoint", "seed"])
+def test_a_job_is_refused_whose_base_or_seed_is_deleted_between_its_check_and_its_row(box, kind: str) -> None:
+    needed = finished(box, method="full")
+    ask = asking_for(box, needed, kind)
+    box.admin.delete(f"/jobs/{needed}?keep_files=true")
+
+    with pytest.raises(service.NotFound if kind == "seed" else service.Invalid):
+        box.run(box.server.db.write(ask))
+
+
+def asking_for(box, needed: str, kind: str):
+    """The write of a job that has been checked: on another job's result or checkpoint, or going on from its run."""
+    reference = {"result": f"job:{needed}", "checkpoint": f"job:{needed}@10", "seed": "org/model"}[kind]
+    (box.server.folder.path / "jobs" / needed / "checkpoints/checkpoint-10").mkdir(parents=True)
+    fields = box.spec(base_model=reference)
+
+    def check(session):
+        return submission.check(session, fields, submission.Sources(box.server.folder, ()))
+
+    spec, inputs = box.run(box.server.db.read(check))
+    seed = {"seed_job": 1, "seed_checkpoint": "checkpoint-10"} if kind == "seed" else {}
+    submitted = service.Submission(spec, inputs, "admin", None, "", service.Origin("Waits.", **seed))
+    return lambda session: service.submit(session, submitted, box.clock.now())
+
+
+@SEVERAL_SERVERS
+@pytest.mark.parametrize("kind", ["result", "checkpoint", "seed"])
+def test_a_job_posted_at_the_moment_of_a_delete_keeps_what_it_needs(
+    make_box, assert_error, kind: str
+) -> None:
+    here, there = make_box(), make_box()
+    needed = finished(here, method="full")
+
+    with ThreadPoolExecutor(1) as pool:
+        with there.in_open_write(asking_for(here, needed, kind)):
+            deleting = pool.submit(here.admin.delete, f"/jobs/{needed}")
+            with pytest.raises(TimeoutError):
+                deleting.result(0.3)
+        assert_error(deleting.result(20), 409, "job_needed")
+
+
+@SEVERAL_SERVERS
+@pytest.mark.parametrize("kind", ["result", "checkpoint", "seed"])
+def test_a_job_posted_while_what_it_needs_is_being_deleted_is_refused(make_box, kind: str) -> None:
+    here, there = make_box(), make_box()
+    needed = finished(here, method="full")
+    ask = asking_for(here, needed, kind)
+
+    with ThreadPoolExecutor(1) as pool:
+        with there.in_open_write(lambda session: removal.remove(session, needed, ADMIN)):
+            posting = pool.submit(lambda: here.run(here.server.db.write(ask)))
+            with pytest.raises(TimeoutError):
+                posting.result(0.3)
+        with pytest.raises(service.NotFound if kind == "seed" else service.Invalid):
+            posting.result(20)
 
 
 def test_what_a_server_that_died_left_is_removed_at_the_next_start(make_box) -> None:
