@@ -255,6 +255,29 @@ def test_a_worker_that_is_not_answered_lets_go_before_the_lease_ends(
     assert server.last_calls == []
 
 
+def test_a_data_folder_that_hangs_does_not_keep_a_trainer_alive_behind_its_lease(
+    server: "FakeServer", worker: "WorkerProcess"
+) -> None:
+    """The attempt's own thread and the shipper hang when they read; as they do on a file system that is gone."""
+    server.lease_seconds = 3.0
+    server.post_job()
+    worker.start({"steps": 9, "hang_at": 3})
+    server.until(lambda: (worker.folder / "did_hang").exists())
+    spool = worker.folder / "logs" / "events.jsonl"
+    os.mkfifo(spool.with_name("fifo"))
+    spool.with_name("fifo").rename(spool)
+    num_beats = len(server.bodies("heartbeat"))
+    server.until(lambda: len(server.bodies("heartbeat")) > num_beats + 1)
+    assert not worker.trainer_gone()
+
+    server.break_down()
+    begun = time.monotonic()
+    server.until(worker.trainer_gone, 10)
+
+    assert time.monotonic() - begun < server.lease_seconds
+    assert server.last_calls == []
+
+
 def test_a_server_that_is_down_for_longer_than_a_lease_gets_everything_later(
     server: "FakeServer", worker: "WorkerProcess"
 ) -> None:

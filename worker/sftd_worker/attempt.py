@@ -256,6 +256,7 @@ class _Attempt:
         # What this worker has, not what the trainer finds: a GPU that is lost must not make a CPU run of it.
         write_job(prepared.job.model_copy(update={"device": self.worker.devices.kind}))
         trainer_start = spool.size()
+        self._check()  # files were touched meanwhile, which may have taken its time
         self.gpus = self.worker.devices.behind(self.locks.names)
         if self.worker.devices.kind == "cuda" and len(self.gpus) != self.lease.spec.gpus:
             return self._release("A GPU was lost before training began.", "gpu_lost")
@@ -319,6 +320,7 @@ class _Attempt:
             save_grace_seconds=self.settings.checkpoint_grace_seconds,
             stop_grace_seconds=self.settings.cancel_grace_seconds,
             on_exit=self.bell.ring,
+            on_started=lambda trainer: self.keeper.ends(trainer.kill),
             warm=self.worker.warm,
             cold=self._cold,
         )

@@ -1,7 +1,8 @@
 """The lease on a job: renewed by heartbeats for as long as the attempt lives, and given up the moment it is lost.
 
 A lease is lost when the server says so (409), or when 0.8 of its length has passed since the last heartbeat that the
-server acknowledged was *sent*: by then the server may soon hand the job on, and this worker must have let go. A refused
+server acknowledged was *sent*: by then the server may soon hand the job on, and this worker must have let go. A thread of its
+own sees to that, which touches no file and no connection, so that nothing that hangs keeps a trainer alive. A refused
 connection counts like an acknowledgement where the server says so (there is only one): it shows that no server runs, and
 a server that starts extends every lease.
 """
@@ -54,11 +55,21 @@ class LeaseKeeper:
         self._wait_seconds = min(wait_seconds, lease.lease_seconds / 8)
         self._on_news = on_news
         self._acknowledged_at = time.monotonic()
+        self._end: Callable[[], None] = lambda: None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._fence = threading.Thread(target=self._await_fence, name="fence", daemon=True)
 
     def start(self) -> None:
+        self._fence.start()
         self._thread.start()
+
+    def ends(self, end: Callable[[], None]) -> None:
+        """What must not outlive the lease: `end` is called when it is lost, at once where it is already, perhaps twice.
+        It touches no files."""
+        self._end = end
+        if self.lost is not None:
+            end()
 
     def close(self) -> None:
         """Stop sending heartbeats. One that is under way ends by itself and changes nothing any more."""
@@ -70,7 +81,7 @@ class LeaseKeeper:
         return self._acknowledged_at + FENCE_SHARE * self.lease.lease_seconds
 
     def still_held(self) -> bool:
-        """May this attempt go on? Asked by the attempt itself, so that it ends in time even if the thread hangs."""
+        """May this attempt go on?"""
         if self.lost is None and time.monotonic() >= self.fence_at:
             self.lose("the server was not heard in time")
         return self.lost is None
@@ -79,8 +90,15 @@ class LeaseKeeper:
         """The lease is lost; every thread of the attempt sees it. Safe to call twice."""
         if self.lost is None:
             self.lost = why
+            self._end()
             self._closed.set()
             self._on_news()
+
+    def _await_fence(self) -> None:
+        """Each acknowledgement moves the fence."""
+        while not self._closed.wait(max(0.0, self.fence_at - time.monotonic())):
+            if not self.still_held():
+                return
 
     def _run(self) -> None:
         try:
