@@ -299,6 +299,41 @@ def test_a_server_that_is_down_for_longer_than_a_lease_gets_everything_later(
 # ---------------------------------------------------------------- how trainers end
 
 
+@pytest.mark.parametrize("status", [404, 409, 422, 426])
+def test_errors_that_are_not_the_servers_are_an_outage(
+    server: "FakeServer", worker: "WorkerProcess", status: int
+) -> None:
+    """As of a proxy while the server is deployed: every call gets its page for a while, from the first on."""
+    server.add_fault("register", times=1, status=status, page=True)
+    server.add_fault("claim", times=1, status=status, page=True)
+    server.post_job()
+    worker.start({"steps": 60, "step_seconds": 0.02})
+    server.until(lambda: len(server.steps()) > 3)
+    for call in ("heartbeat", "metrics", "logs", "finish"):
+        server.add_fault(call, times=2, status=status, page=True)
+
+    call, body = last_call(server)
+
+    assert (call, body["state"], body["attempt"]) == ("finish", "succeeded", 1)
+    assert server.steps() == list(range(1, 61))
+    assert len(worker.trainer_pids()) == 1
+
+
+def test_errors_that_are_not_the_servers_end_the_lease_like_any_outage(
+    server: "FakeServer", worker: "WorkerProcess"
+) -> None:
+    server.lease_seconds = 2.0
+    server.post_job()
+    worker.start({"steps": 10**6, "step_seconds": 0.02})
+    server.until(lambda: len(server.steps()) > 3)
+
+    server.add_fault("", times=10**9, status=404, page=True)
+    begun = time.monotonic()
+    server.until(worker.trainer_gone, 5)
+
+    assert 1 < time.monotonic() - begun < server.lease_seconds
+
+
 def test_a_named_failure_is_told_with_its_message(server: "FakeServer", worker: "WorkerProcess") -> None:
     server.post_job()
 

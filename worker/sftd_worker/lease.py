@@ -1,6 +1,6 @@
 """The lease on a job: renewed by heartbeats for as long as the attempt lives, and given up the moment it is lost.
 
-A lease is lost when the server says so (409), or when 0.8 of its length has passed since the last heartbeat that the
+A lease is lost when the server itself says so, or when 0.8 of its length has passed since the last heartbeat that the
 server acknowledged was *sent*: by then the server may soon hand the job on, and this worker must have let go. A thread of its
 own sees to that, which touches no file and no connection, so that nothing that hangs keeps a trainer alive. A refused
 connection counts like an acknowledgement where the server says so (there is only one): it shows that no server runs, and
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from sftd._transport import Transport, backoff_seconds
-from sftd.errors import ApiError, Conflict, ConnectionFailed, NotFound, SftdError
+from sftd.errors import ApiError, Conflict, ConnectionFailed, NotFound, SftdError, UpgradeRequired
 from sftd.protocol import TOKEN_HEADER, Directive, Heartbeat, Lease
 from sftd.schemas import Want
 
@@ -21,11 +21,21 @@ log = logging.getLogger("sftd.worker")
 
 HEARTBEAT_TIMEOUT_SECONDS = 5.0  # beyond the time that the server may hold the answer
 FENCE_SHARE = 0.8
-UPGRADE_REQUIRED = 426
 
 
 class Outdated(Exception):
     """The server does not serve this version of the worker any more."""
+
+
+def is_lost(error: SftdError) -> bool:
+    """Does the server itself say that the lease is over? A 404 or 409 of something before it, or of a server that does
+    not know the call, says nothing."""
+    return isinstance(error, Conflict | NotFound) and error.is_ours and error.code != "unknown_route"
+
+
+def is_outdated(error: SftdError) -> bool:
+    """Does the server itself say that it does not serve this version of the worker?"""
+    return isinstance(error, UpgradeRequired) and error.is_ours
 
 
 class LeaseKeeper:
@@ -113,12 +123,10 @@ class LeaseKeeper:
             sent_at = time.monotonic()
             try:
                 directive = self._beat()
-            except (Conflict, NotFound) as error:
-                self.lose(str(error))
-                return
             except SftdError as error:
-                if isinstance(error, ApiError) and error.status == UPGRADE_REQUIRED:
+                if is_outdated(error):
                     self.outdated = str(error)
+                if is_lost(error) or self.outdated is not None:
                     self.lose(str(error))
                     return
                 self._missed(error, sent_at, num_failures)
