@@ -164,7 +164,8 @@ class Box:
 
     def try_claim(self, worker_id: str = "w1", request_id: str | None = None, **more: Any) -> httpx.Response:
         self.num_claims += 1
-        body = {"worker_id": worker_id, "boot_id": "b1", "gpus": 1, "wait_seconds": 0, **more}
+        body = {"worker_id": worker_id, "boot_id": "b1", "gpus": 1, "wait_seconds": 0, "protocol": 2}
+        body |= more
         return self.worker.post(
             "/worker/claim", json={"request_id": request_id or f"r{self.num_claims}", **body}
         )
