@@ -50,11 +50,9 @@ from sftd_worker.worker import Bell, Worker
 log = logging.getLogger("sftd.worker")
 
 TRAINER_LOCK = ".trainer.lock"
-THREADS_FILE = ".threads"  # of the job's first trainer on CPU; 0: as many as torch likes
 TAIL_LINE_CHARS = 2000
 MAX_MESSAGE_CHARS = 8000
 HURRIED_SECONDS = 3.0  # for the last calls of a worker that was told to hurry
-MOST_THREADS = 4096
 ABOUT_GPUS = re.compile(r"cuda|nccl|nvml|cublas|cudnn", re.IGNORECASE)
 
 ReleaseReason = Literal["stopping", "preempted", "gpu_lost", "busy", "wanted_again"]
@@ -106,7 +104,6 @@ class _Attempt:
         self.transfer = transfer_of(self.settings, worker.transport, self.outbox, self.keeper)
         self.locks = Locks()
         self.gpus: tuple[Gpu, ...] = ()  # that the trainer was given
-        self.threads = worker.threads
         self.trainer: Trainer | None = None
         environment = dict(os.environ)
         self.secrets = secrets_of({**environment, "SFTD_WORKER_KEY": worker.settings.read_key()})
@@ -119,7 +116,6 @@ class _Attempt:
             folder = job_folder(self.settings.data, self.lease)
             if not self._take_locks(folder):
                 return self._release("An earlier trainer still holds the device or the job's folder.", "busy")
-            self.threads = self._settle_threads(prepared, folder)
             self._await_warm()
             self._check()
             return self._train(prepared, folder)
@@ -210,20 +206,6 @@ class _Attempt:
             self.bell.wait(0.1)
         return False
 
-    def _settle_threads(self, prepared: Prepared, folder: Path) -> int | None:
-        """Threads of the trainer on CPU. Sums depend on how many there are, so all attempts of a job have as many as
-        its first, whatever worker they are on; what was begun before this was kept had as many as torch likes."""
-        if self.worker.devices.kind == "cuda" or "OMP_NUM_THREADS" in os.environ:
-            return None
-        file = folder / THREADS_FILE
-        try:
-            threads = min(MOST_THREADS, max(0, int(file.read_text())))
-        except (OSError, ValueError):
-            goes_on = self.lease.attempt > 1 and prepared.job.resume_from is not None
-            threads = 0 if goes_on else self.worker.threads or 0
-            file.write_text(str(threads))
-        return threads or None
-
     def _await_warm(self) -> None:
         """A warm parent at its imports is waited for: they would take no less time in a trainer of its own."""
         while not self._cold and self.worker.warm is not None and self.worker.warm.starting:
@@ -232,9 +214,8 @@ class _Attempt:
 
     @property
     def _cold(self) -> bool:
-        """Ranks are started by torchrun, which imports for itself; and how many threads there are is read once, at the
-        import of torch."""
-        return self.lease.spec.gpus > 1 or self.threads != self.worker.threads
+        """Ranks are started by torchrun, which imports for itself."""
+        return self.lease.spec.gpus > 1
 
     def _verdict_before_training(self) -> Finish | Release | None:
         if not self.keeper.still_held():
@@ -308,7 +289,7 @@ class _Attempt:
             os.environ,
             cuda_visible_devices=",".join(gpu.uuid for gpu in self.gpus),
             offline=self.settings.offline,
-            threads=self.threads,
+            threads=self.worker.threads,
             secrets=HUB_SECRETS + (WANDB_SECRETS if self.lease.spec.wandb else ()),
         )
         return Trainer(

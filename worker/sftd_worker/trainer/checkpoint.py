@@ -55,6 +55,7 @@ class RunState:
         default_factory=dict
     )  # what is left of it for a step; empty before the first
     eval_budget: dict[str, int] = field(default_factory=dict)  # and of an evaluation
+    threads: int | None = None  # of this run on CPU; None on GPUs, and in older checkpoints
     unordered: bool = False  # the fixed order of sums was given up (order.py)
     first_loss: float | None = None  # of the run: what a later loss is measured against
     far_off_since: int | None = None  # steps were done when losses began to be far above it (divergence.py)
