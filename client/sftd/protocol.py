@@ -360,6 +360,7 @@ class EndLine(Message):
     reason: FailureReason | None = None
     message: str | None = None
     files: dict[ArtifactPath, ManifestFile] = {}
+    full_path: str | None = None  # with `disk_full`: what was written when there was no room, where that is known
 
 
 TrainerLine = Annotated[

@@ -6,7 +6,6 @@ stopped (`stops`) and how the trainer stands are plain states; whoever changes o
 attempt looks at all of them again.
 """
 
-import errno
 import functools
 import logging
 import os
@@ -28,7 +27,7 @@ from sftd.protocol import (
     Release,
 )
 from sftd.schemas import FailureReason, Want
-from sftd_worker.disk import Hold, hold_after_full
+from sftd_worker.disk import Hold, after_full, is_full
 from sftd_worker.files import Prepared, PrepareFailed, job_folder, prepare, write_job
 from sftd_worker.gpus import Gpu, Locks, find_lost
 from sftd_worker.lease import LeaseKeeper, Outdated
@@ -125,9 +124,8 @@ class _Attempt:
             return self._failed(failed.reason, str(failed))
         except Exception as error:  # the edge of the attempt: the job must hear of it
             log.exception("%s: the attempt could not be run", self.lease.job_id)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                data, reserve = self.settings.data, self.settings.disk_reserve_bytes
-                return self._held(hold_after_full(data, what=f"{error}.", needed=0, reserve=reserve))
+            if isinstance(error, OSError) and is_full(error):
+                return self._after_full(error)
             return self._failed(FailureReason.WORKER_ERROR, f"On the worker: {error!r}")
         finally:
             self.locks.let_go()
@@ -400,6 +398,12 @@ class _Attempt:
             pause_reason="disk_low",
             needs_disk_bytes=hold.needs_disk_bytes,
         )
+
+    def _after_full(self, error: OSError) -> Finish:
+        folder, reserve = self.settings.data / self.lease.folder, self.settings.disk_reserve_bytes
+        path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+        found = after_full(folder, what=f"{error}.", path=path, needed=0, reserve=reserve)
+        return self._failed(FailureReason.DISK_FULL, found) if isinstance(found, str) else self._held(found)
 
     def _gpus_lost(self, gpus: Sequence[Gpu]) -> Release:
         # Before the job is given back: else this worker might take it again for the same GPU.

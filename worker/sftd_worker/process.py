@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from sftd.tether import tethered
 from sftd_worker import family
+from sftd_worker.disk import naming
 from sftd_worker.warm import CannotFork, WarmParent
 
 log = logging.getLogger("sftd.worker")
@@ -93,7 +94,7 @@ class Trainer:
         self.deadline: float | None = None  # monotonic; when patience with the order ends
         self.returncode: int | None = None
         self._lock = threading.Lock()  # of orders, and of its burial: none goes to whoever has its number next
-        with (folder / OUTPUT_FILE).open("ab") as output:
+        with naming(folder / OUTPUT_FILE), (folder / OUTPUT_FILE).open("ab") as output:
             output.write(f"--- attempt {attempt}, {time.strftime('%Y-%m-%d %H:%M:%S %z')} ---\n".encode())
             output.flush()
             self.output_start = output.tell()

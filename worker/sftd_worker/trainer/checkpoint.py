@@ -346,7 +346,10 @@ class disk_errors:  # reads as a statement: with disk_errors("…", leaving=stag
             self.leaving.unlink(missing_ok=True)
         shutil.rmtree(self.leaving, ignore_errors=True)
         if is_disk_full(error):
-            raise RunFailed(FailureReason.DISK_FULL, f"{self.doing}: the disk is full") from error
+            path = os.path.abspath(getattr(error, "filename", None) or self.leaving)
+            raise RunFailed(
+                FailureReason.DISK_FULL, f"{self.doing}: the disk is full", full_path=path
+            ) from error
 
 
 def is_disk_full(error: BaseException) -> bool:
