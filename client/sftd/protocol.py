@@ -148,7 +148,7 @@ class Heartbeat(Message):
     wait_seconds: float = Field(0, ge=0, le=10)
     seen_make_room: bool = False
     seen_draining: bool = False
-    disk_free_bytes: int | None = Field(None, ge=0, lt=2**63)
+    disk_free_bytes: int | None = Field(None, ge=0, lt=2**63)  # as in Claim, which a busy worker does not send
 
 
 class Directive(Reply):

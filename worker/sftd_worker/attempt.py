@@ -280,6 +280,7 @@ class _Attempt:
             over = ended_at is not None and time.monotonic() - ended_at > self.settings.last_word_seconds
             order = self._order(may_save=may_save, broken=over or shipper.error is not None)
             trainer.obey(max(order, watch.look(may_save=may_save)))
+            self.keeper.disk_free_bytes = watch.disk_free_bytes
             self.bell.wait(self._seconds_until_next_look(trainer))
 
     def _spawn(self, folder: Path) -> Trainer:

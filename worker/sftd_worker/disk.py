@@ -138,6 +138,7 @@ class DiskWatch:
     ) -> None:
         self.needed = bytes_of_checkpoint(resume_from) if resume_from else 0  # 0: not known yet
         self.low: Hold | None = None
+        self.free: int | None = None  # at the last look
         self.fits = False  # when it was found low: one more checkpoint had room
         self._folder = folder
         self._attempt = attempt
@@ -169,7 +170,7 @@ class DiskWatch:
         staged = stage_bytes(
             self._folder, self._attempt
         )  # before the free space: what is published between is both
-        found = free_bytes(self._folder)
+        self.free = found = free_bytes(self._folder)
         if found is None or found + staged >= self.needed + self._reserve:
             self._low_since, self._num_low = None, 0
             return

@@ -134,6 +134,11 @@ class Watch:
         self._stalled: Failed | None = None
         self._stacks: list[str] = []
 
+    @property
+    def disk_free_bytes(self) -> int | None:
+        """Where checkpoints are written, at the last look."""
+        return self._disk.free
+
     def look(self, *, may_save: bool) -> Order:
         """What the trainer is to do, as far as it goes by itself. `may_save`: it has begun, and can save."""
         now = time.monotonic()
