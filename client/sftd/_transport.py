@@ -20,6 +20,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from sftd import __version__
 from sftd.errors import (
+    NOT_OURS,
     ConfigurationError,
     ConnectionFailed,
     SequenceGap,
@@ -239,7 +240,7 @@ def _error_of(response: httpx.Response) -> SftdError:
         body = ErrorAnswer.model_validate_json(response.content).error
         message, code, param = body.message, body.code, body.param
     except ValidationError:  # a proxy's page, most likely
-        message, code, param = f"The server answered {response.status_code}.", "unknown", None
+        message, code, param = f"The server answered {response.status_code}.", NOT_OURS, None
     error = error_class(response.status_code)(
         message,
         status=response.status_code,

@@ -52,6 +52,9 @@ class WaitTimeout(SftdError, TimeoutError):
     """The time given to wait for a job is over; the job goes on."""
 
 
+NOT_OURS = "unknown"  # the code of an error whose answer has none: not an sftd server's
+
+
 class ApiError(SftdError):
     """The server answered with an error."""
 
@@ -71,6 +74,11 @@ class ApiError(SftdError):
         self.param = param
         self.request_id = request_id
         self.retry_after_seconds = retry_after_seconds
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether an sftd server says so; else it comes from something before it, such as a proxy."""
+        return self.code != NOT_OURS
 
 
 class AuthenticationError(ApiError):

@@ -190,7 +190,8 @@ class Box:
         if (worker_id, more.get("boot_id", "b1")) not in self.registered:
             given = {name: more[name] for name in ("boot_id", "gpus") if name in more}
             self.register(worker_id, installation_id=self.server.installation_id, **given)
-        body = {"worker_id": worker_id, "boot_id": "b1", "gpus": 1, "wait_seconds": 0, **more}
+        body = {"worker_id": worker_id, "boot_id": "b1", "gpus": 1, "wait_seconds": 0, "protocol": 2}
+        body |= more
         return self.worker.post(
             "/worker/claim", json={"request_id": request_id or f"r{self.num_claims}", **body}
         )

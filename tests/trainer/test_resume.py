@@ -86,6 +86,26 @@ def test_a_run_stopped_at_a_checkpoint_goes_on_bit_identically(
     )
 
 
+def test_a_run_goes_on_with_as_many_threads_as_it_began_with(make_job: Callable[..., TrainerJob]) -> None:
+    """Wherever its checkpoint was taken to, and whatever that machine has: the last bits depend on it."""
+    spec = {**VARIANTS["full"], "max_steps": 4, "save_steps": 2, "batch_size": 8}
+
+    def finished(name: str, *, threads: int, **job: Any) -> Finished:
+        run = make_job(name, job=job, **spec)
+        return finish_trainer(run, start_trainer(run, OMP_NUM_THREADS=str(threads)))
+
+    whole, other = finished("whole", threads=1), finished("other", threads=2)
+    assert whole.values("loss") != other.values("loss")
+    for began, threads in ((whole, 2), (other, 1)):
+        checkpoint = began.folder / "checkpoints" / "checkpoint-2"
+        resumed = finished(f"resumed-{threads}", threads=threads, attempt=2, resume_from=str(checkpoint))
+        left = weights(began)
+        assert all(torch.equal(left[name], value) for name, value in weights(resumed).items())
+        losses = resumed.values("loss")
+        assert losses == {step: loss for step, loss in began.values("loss").items() if step > 2}
+        assert f"{3 - threads} thread(s), as before" in resumed.log
+
+
 def test_a_file_of_evaluations_that_an_attempt_in_between_left_shorter_is_made_whole(
     make_job: Callable[..., TrainerJob],
 ) -> None:

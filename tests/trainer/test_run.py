@@ -38,6 +38,7 @@ def test_whatever_a_run_raises_becomes_its_last_word(
 
     assert (end.outcome, end.reason) == ("failed", reason)
     assert end.message
+    assert end.full_path == getattr(error, "filename", None)
 
 
 ENDS = """

@@ -34,6 +34,7 @@ class Fault:
     times: int = 1
     status: int | None = None  # answer with this
     headers: dict[str, str] = field(default_factory=dict)
+    page: bool = False  # with a body that is not ours, as of a proxy
     serve_first: bool = False  # serve the call, then lose the answer
     when: Callable[[dict[str, Any]], bool] = lambda body: True
 
@@ -186,7 +187,8 @@ class FakeServer:
             if fault is None or fault.serve_first:
                 status, headers, answer = self._answer(handler, body)
             if fault is not None and fault.status is not None:
-                status, headers, answer = fault.status, fault.headers, _error("scripted")
+                status, headers = fault.status, fault.headers
+                answer = {"detail": "Not Found"} if fault.page else _error("scripted")
             self.lock.notify_all()
         if fault is not None and fault.status is None:
             handler.close_connection = True  # the answer is lost

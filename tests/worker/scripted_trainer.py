@@ -1,7 +1,7 @@
 """A trainer that does what a script says. `python scripted_trainer.py SCRIPT.json WORKDIR`. It writes the real protocol.
 
 Keys of the script: steps, step_seconds, checkpoint_every, ignore_signals, silent_seconds (before the first line), end
-(succeeded | exception | exit | kill | torn), at (the step of the end), log (a line for each step), save_seconds,
+(succeeded | exception | full | full_words | exit | kill | torn), at (the step of the end), log (a line for each step), save_seconds,
 linger_seconds (behind the last word), launcher (the work is done by a child in a session of its own, as under torchrun),
 daemon (leave a process behind), orphan (start a process that is nobody's child), by_name (other keys for the job of that
 name), leave (a change of the environment, made after it was written to environment.json),
@@ -91,6 +91,13 @@ def end_badly() -> None:
     if how == "exception":
         say(type="end", outcome="failed", reason="diverged", message="The loss is NaN at step 2.")
         sys.exit(1)
+    if how == "full":  # somewhere, at `full_path` if it says so
+        more = {key: script[key] for key in ("full_path",) if key in script}
+        say(type="end", outcome="failed", reason="disk_full", message="step 2: the disk is full", **more)
+        sys.exit(1)
+    if how == "full_words":
+        print("OSError: [Errno 28] No space left on device", file=sys.stderr, flush=True)
+        os._exit(1)
     if how == "exit":
         print("RuntimeError: something broke", file=sys.stderr, flush=True)
         os._exit(3)

@@ -255,6 +255,29 @@ def test_a_worker_that_is_not_answered_lets_go_before_the_lease_ends(
     assert server.last_calls == []
 
 
+def test_a_data_folder_that_hangs_does_not_keep_a_trainer_alive_behind_its_lease(
+    server: "FakeServer", worker: "WorkerProcess"
+) -> None:
+    """The attempt's own thread and the shipper hang when they read; as they do on a file system that is gone."""
+    server.lease_seconds = 3.0
+    server.post_job()
+    worker.start({"steps": 9, "hang_at": 3})
+    server.until(lambda: (worker.folder / "did_hang").exists())
+    spool = worker.folder / "logs" / "events.jsonl"
+    os.mkfifo(spool.with_name("fifo"))
+    spool.with_name("fifo").rename(spool)
+    num_beats = len(server.bodies("heartbeat"))
+    server.until(lambda: len(server.bodies("heartbeat")) > num_beats + 1)
+    assert not worker.trainer_gone()
+
+    server.break_down()
+    begun = time.monotonic()
+    server.until(worker.trainer_gone, 10)
+
+    assert time.monotonic() - begun < server.lease_seconds
+    assert server.last_calls == []
+
+
 def test_a_server_that_is_down_for_longer_than_a_lease_gets_everything_later(
     server: "FakeServer", worker: "WorkerProcess"
 ) -> None:
@@ -274,6 +297,41 @@ def test_a_server_that_is_down_for_longer_than_a_lease_gets_everything_later(
 
 
 # ---------------------------------------------------------------- how trainers end
+
+
+@pytest.mark.parametrize("status", [404, 409, 422, 426])
+def test_errors_that_are_not_the_servers_are_an_outage(
+    server: "FakeServer", worker: "WorkerProcess", status: int
+) -> None:
+    """As of a proxy while the server is deployed: every call gets its page for a while, from the first on."""
+    server.add_fault("register", times=1, status=status, page=True)
+    server.add_fault("claim", times=1, status=status, page=True)
+    server.post_job()
+    worker.start({"steps": 60, "step_seconds": 0.02})
+    server.until(lambda: len(server.steps()) > 3)
+    for call in ("heartbeat", "metrics", "logs", "finish"):
+        server.add_fault(call, times=2, status=status, page=True)
+
+    call, body = last_call(server)
+
+    assert (call, body["state"], body["attempt"]) == ("finish", "succeeded", 1)
+    assert server.steps() == list(range(1, 61))
+    assert len(worker.trainer_pids()) == 1
+
+
+def test_errors_that_are_not_the_servers_end_the_lease_like_any_outage(
+    server: "FakeServer", worker: "WorkerProcess"
+) -> None:
+    server.lease_seconds = 2.0
+    server.post_job()
+    worker.start({"steps": 10**6, "step_seconds": 0.02})
+    server.until(lambda: len(server.steps()) > 3)
+
+    server.add_fault("", times=10**9, status=404, page=True)
+    begun = time.monotonic()
+    server.until(worker.trainer_gone, 5)
+
+    assert 1 < time.monotonic() - begun < server.lease_seconds
 
 
 def test_a_named_failure_is_told_with_its_message(server: "FakeServer", worker: "WorkerProcess") -> None:

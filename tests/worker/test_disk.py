@@ -14,7 +14,17 @@ import pytest
 from tests.worker.conftest import HERE, Box
 
 from sftd.protocol import CheckpointLine, EventLine
-from sftd_worker.disk import DiskWatch, clear_stages, free_bytes, hold_after_full, stage_bytes
+from sftd_worker.disk import (
+    DiskWatch,
+    Hold,
+    after_full,
+    clear_stages,
+    free_bytes,
+    full_path,
+    hold_after_full,
+    naming,
+    stage_bytes,
+)
 
 if TYPE_CHECKING:
     from conftest import FakeServer, WorkerProcess
@@ -267,6 +277,49 @@ def test_a_job_whose_save_failed_is_put_aside_and_leaves_its_last_checkpoint_alo
     for report in server.checkpoints:
         content = (checkpoints / report["name"] / "adapter.safetensors").read_bytes()
         assert hashlib.sha256(content).hexdigest() == report["files"]["adapter.safetensors"]["sha256"]
+
+
+@pytest.mark.parametrize("end", ["path", "no path", "words"])
+def test_a_disk_that_is_full_elsewhere_fails_the_job_by_name(
+    end: str, disk: Path, server: "FakeServer", worker: "WorkerProcess"
+) -> None:
+    """Of temporary files, say. There is room where the jobs lie: no server would ever see more of it."""
+    fill(disk, leaving=0)
+    script = {"steps": 9, "at": 2, "end": "full_words" if end == "words" else "full"}
+    if end == "path":
+        script["full_path"] = str(disk / "tmp" / "file")
+    server.post_job()
+    worker.start(script, disk_reserve_bytes=MIB, env={"TMPDIR": "/var/tmp"})
+
+    body = last_call(server)
+
+    assert (body["state"], body["reason"]) == ("failed", "disk_full")
+    assert body["pause_reason"] is None
+    assert "TMPDIR" in body["message"]
+    assert (str(disk) if end == "path" else "/var/tmp") in body["message"]
+
+
+def test_where_the_full_disk_is_decides_what_becomes_of_a_job(disk: Path, tmp_path: Path) -> None:
+    def found(path: Path | None, folder: Path, reserve: int = 0) -> Hold | str:
+        return after_full(folder, what="", path=path and str(path), needed=0, reserve=reserve)
+
+    assert isinstance(found(disk / "x" / "y", tmp_path / "jobs"), str)
+    assert isinstance(found(None, tmp_path), str)
+    assert isinstance(found(tmp_path / "a", tmp_path / "jobs"), Hold)  # a quota, say
+    assert isinstance(found(disk / "x", disk / "jobs"), Hold)
+    assert isinstance(found(None, disk, reserve=20 * MIB), Hold)
+    fill(disk, leaving=0)
+    assert isinstance(found(None, disk), Hold)
+
+
+def test_a_write_that_finds_no_room_names_its_file(disk: Path) -> None:
+    fill(disk, leaving=0)
+
+    with pytest.raises(OSError, match="No space left") as error, naming(disk / "file"):
+        (disk / "file").write_bytes(b"x" * MIB)
+
+    assert error.value.filename == str(disk / "file")
+    assert full_path(f"Traceback\n  …\n{type(error.value).__name__}: {error.value}") == str(disk / "file")
 
 
 def test_a_job_that_comes_to_a_full_disk_is_put_aside_before_it_begins(

@@ -5,6 +5,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from sftd.protocol import PROTOCOL
+from sftd_worker.disk import free_bytes
 
 if TYPE_CHECKING:
     from conftest import FakeServer, WorkerProcess
@@ -32,6 +33,20 @@ def test_a_worker_says_what_it_speaks_and_has(server: "FakeServer", worker: "Wor
     assert (hello["gpu_memory_gb"], hello["gpu_names"]) == (None, [])
     assert (claim["protocol"], claim["gpus"], claim["boot_id"]) == (PROTOCOL, 3, hello["boot_id"])
     assert claim["disk_free_bytes"] > 0
+
+
+def test_a_busy_worker_says_what_room_it_has_by_its_heartbeats(
+    server: "FakeServer", worker: "WorkerProcess"
+) -> None:
+    """It does not claim then, which would say it."""
+    server.post_job()
+    worker.start({"steps": 10**6, "step_seconds": 0.02}, heartbeat_wait_seconds=0.2)
+
+    told = server.until(
+        lambda: [free for beat in server.bodies("heartbeat") if (free := beat["disk_free_bytes"])]
+    )
+
+    assert abs(told[-1] - (free_bytes(server.data) or 0)) < 2**30  # others use this disk too
 
 
 def test_a_worker_that_died_is_named_by_its_next_process(

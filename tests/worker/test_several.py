@@ -205,23 +205,6 @@ def test_what_the_environment_says_of_threads_goes_before(box: "Box") -> None:
     assert environment_of(box, job)["OMP_NUM_THREADS"] == "7"
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_all_attempts_of_a_job_have_as_many_threads(box: "Box", first: int, then: int) -> None:
-    """Sums depend on it: on a worker that has other slots the job would go on with other last bits."""
-    job = box.post(name="one", **LONG)
-    worker = box.start_worker("w", gpus=first, env={"OMP_NUM_THREADS": None})
-    before = environment_of(box, job).get("OMP_NUM_THREADS")
-    worker.terminate()
-    assert worker.wait(10) == 0
-    (box.job_folder(job) / "environment.json").unlink()
-
-    box.start_worker("w", gpus=then, warm=True, env={"OMP_NUM_THREADS": None})
-    box.until(lambda: (box.job_folder(job) / "environment.json").exists())
-
-    assert (before is None) == (first == 1)
-    assert environment_of(box, job).get("OMP_NUM_THREADS") == before
-
-
 # ---------------------------------------------------------------- draining
 
 

@@ -213,6 +213,11 @@ def test_the_error_rule(status: int, verdict: Verdict) -> None:
     assert decide(error_class(status)("", status=status, code="")) is verdict
 
 
+@pytest.mark.parametrize("status", [400, 403, 404, 409, 422, 426])
+def test_what_is_not_the_servers_word_is_an_outage(status: int) -> None:
+    assert decide(error_class(status)("", status=status, code="unknown")) is Verdict.RETRY
+
+
 def test_the_error_rule_for_no_answer() -> None:
     assert decide(ConnectionFailed("")) is Verdict.RETRY
     assert decide(Conflict("", status=409, code="checkpoint_backwards")) is Verdict.DROP

@@ -6,7 +6,6 @@ stopped (`stops`) and how the trainer stands are plain states; whoever changes o
 attempt looks at all of them again.
 """
 
-import errno
 import functools
 import logging
 import os
@@ -28,7 +27,7 @@ from sftd.protocol import (
     Release,
 )
 from sftd.schemas import FailureReason, Want
-from sftd_worker.disk import Hold, hold_after_full
+from sftd_worker.disk import Hold, after_full, is_full
 from sftd_worker.files import Prepared, PrepareFailed, job_folder, prepare, write_job
 from sftd_worker.gpus import Gpu, Locks, find_lost
 from sftd_worker.lease import LeaseKeeper, Outdated
@@ -50,11 +49,9 @@ from sftd_worker.worker import Bell, Worker
 log = logging.getLogger("sftd.worker")
 
 TRAINER_LOCK = ".trainer.lock"
-THREADS_FILE = ".threads"  # of the job's first trainer on CPU; 0: as many as torch likes
 TAIL_LINE_CHARS = 2000
 MAX_MESSAGE_CHARS = 8000
 HURRIED_SECONDS = 3.0  # for the last calls of a worker that was told to hurry
-MOST_THREADS = 4096
 ABOUT_GPUS = re.compile(r"cuda|nccl|nvml|cublas|cudnn", re.IGNORECASE)
 
 ReleaseReason = Literal["stopping", "preempted", "gpu_lost", "busy", "wanted_again"]
@@ -106,7 +103,6 @@ class _Attempt:
         self.transfer = transfer_of(self.settings, worker.transport, self.outbox, self.keeper)
         self.locks = Locks()
         self.gpus: tuple[Gpu, ...] = ()  # that the trainer was given
-        self.threads = worker.threads
         self.trainer: Trainer | None = None
         environment = dict(os.environ)
         self.secrets = secrets_of({**environment, "SFTD_WORKER_KEY": worker.settings.read_key()})
@@ -120,7 +116,6 @@ class _Attempt:
             folder = job_folder(self.settings.data, self.lease)
             if not self._take_locks(folder):
                 return self._release("An earlier trainer still holds the device or the job's folder.", "busy")
-            self.threads = self._settle_threads(prepared, folder)
             self._await_warm()
             self._check()
             return self._train(prepared, folder)
@@ -130,9 +125,8 @@ class _Attempt:
             return self._failed(failed.reason, str(failed))
         except Exception as error:  # the edge of the attempt: the job must hear of it
             log.exception("%s: the attempt could not be run", self.lease.job_id)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                data, reserve = self.settings.data, self.settings.disk_reserve_bytes
-                return self._held(hold_after_full(data, what=f"{error}.", needed=0, reserve=reserve))
+            if isinstance(error, OSError) and is_full(error):
+                return self._after_full(error)
             return self._failed(FailureReason.WORKER_ERROR, f"On the worker: {error!r}")
         finally:
             self.locks.let_go()
@@ -211,20 +205,6 @@ class _Attempt:
             self.bell.wait(0.1)
         return False
 
-    def _settle_threads(self, prepared: Prepared, folder: Path) -> int | None:
-        """Threads of the trainer on CPU. Sums depend on how many there are, so all attempts of a job have as many as
-        its first, whatever worker they are on; what was begun before this was kept had as many as torch likes."""
-        if self.worker.devices.kind == "cuda" or "OMP_NUM_THREADS" in os.environ:
-            return None
-        file = folder / THREADS_FILE
-        try:
-            threads = min(MOST_THREADS, max(0, int(file.read_text())))
-        except (OSError, ValueError):
-            goes_on = self.lease.attempt > 1 and prepared.job.resume_from is not None
-            threads = 0 if goes_on else self.worker.threads or 0
-            file.write_text(str(threads))
-        return threads or None
-
     def _await_warm(self) -> None:
         """A warm parent at its imports is waited for: they would take no less time in a trainer of its own."""
         while not self._cold and self.worker.warm is not None and self.worker.warm.starting:
@@ -233,9 +213,8 @@ class _Attempt:
 
     @property
     def _cold(self) -> bool:
-        """Ranks are started by torchrun, which imports for itself; and how many threads there are is read once, at the
-        import of torch."""
-        return self.lease.spec.gpus > 1 or self.threads != self.worker.threads
+        """Ranks are started by torchrun, which imports for itself."""
+        return self.lease.spec.gpus > 1
 
     def _verdict_before_training(self) -> Finish | Release | None:
         if not self.keeper.still_held():
@@ -257,6 +236,7 @@ class _Attempt:
         # What this worker has, not what the trainer finds: a GPU that is lost must not make a CPU run of it.
         write_job(prepared.job.model_copy(update={"device": self.worker.devices.kind}))
         trainer_start = spool.size()
+        self._check()  # files were touched meanwhile, which may have taken its time
         self.gpus = self.worker.devices.behind(self.locks.names)
         if self.worker.devices.kind == "cuda" and len(self.gpus) != self.lease.spec.gpus:
             return self._release("A GPU was lost before training began.", "gpu_lost")
@@ -301,6 +281,7 @@ class _Attempt:
             over = ended_at is not None and time.monotonic() - ended_at > self.settings.last_word_seconds
             order = self._order(may_save=may_save, broken=over or shipper.error is not None)
             trainer.obey(max(order, watch.look(may_save=may_save)))
+            self.keeper.disk_free_bytes = watch.disk_free_bytes
             self.bell.wait(self._seconds_until_next_look(trainer))
 
     def _spawn(self, folder: Path) -> Trainer:
@@ -308,7 +289,7 @@ class _Attempt:
             os.environ,
             cuda_visible_devices=",".join(gpu.uuid for gpu in self.gpus),
             offline=self.settings.offline,
-            threads=self.threads,
+            threads=self.worker.threads,
             secrets=HUB_SECRETS + (WANDB_SECRETS if self.lease.spec.wandb else ()),
         )
         return Trainer(
@@ -320,6 +301,7 @@ class _Attempt:
             save_grace_seconds=self.settings.checkpoint_grace_seconds,
             stop_grace_seconds=self.settings.cancel_grace_seconds,
             on_exit=self.bell.ring,
+            on_started=lambda trainer: self.keeper.ends(trainer.kill),
             warm=self.worker.warm,
             cold=self._cold,
         )
@@ -418,6 +400,12 @@ class _Attempt:
             pause_reason="disk_low",
             needs_disk_bytes=hold.needs_disk_bytes,
         )
+
+    def _after_full(self, error: OSError) -> Finish:
+        folder, reserve = self.settings.data / self.lease.folder, self.settings.disk_reserve_bytes
+        path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+        found = after_full(folder, what=f"{error}.", path=path, needed=0, reserve=reserve)
+        return self._failed(FailureReason.DISK_FULL, found) if isinstance(found, str) else self._held(found)
 
     def _gpus_lost(self, gpus: Sequence[Gpu]) -> Release:
         # Before the job is given back: else this worker might take it again for the same GPU.

@@ -6,13 +6,14 @@ import uuid
 from collections.abc import Callable
 
 from sftd._transport import backoff_seconds
-from sftd.errors import Conflict, ConnectionFailed, NotFound, ServerError, SftdError, Throttled
+from sftd.errors import Conflict, NotFound, SftdError
 from sftd.protocol import PROTOCOL, TOKEN_HEADER, Claim, Finish, Lease, Release
 from sftd_worker.disk import free_bytes
 from sftd_worker.registration import (
     CALL_SECONDS,
     MOST_BACKOFF_SECONDS,
     NameLock,
+    may_pass,
     note_failure,
     pause_seconds,
     register,
@@ -84,14 +85,18 @@ class Claimer:
                 self._take(self._claim(wait_seconds=self._wait_seconds()))
                 self._request_id = uuid.uuid4().hex
                 num_failures = 0
-            except (NotFound, Conflict):  # the request is spent, or the server has new records: begin afresh
+            except SftdError as error:
+                if may_pass(error):
+                    num_failures = note_failure("claim", error, num_failures)
+                    self._stopped.wait(pause_seconds(error, num_failures))
+                    continue
+                if not isinstance(error, NotFound | Conflict):
+                    raise
+                # The request is spent, or the server has new records: begin afresh.
                 self._request_id = uuid.uuid4().hex
                 register(self._worker, self._name, pause=self._stopped.wait)
                 self._stopped.wait(backoff_seconds(num_failures, first=1.0, most=MOST_BACKOFF_SECONDS))
                 num_failures += 1
-            except (ConnectionFailed, ServerError, Throttled) as error:
-                num_failures = note_failure("claim", error, num_failures)
-                self._stopped.wait(pause_seconds(error, num_failures))
 
     def _take(self, lease: Lease | None) -> None:
         with self._handover:

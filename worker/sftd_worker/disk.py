@@ -4,15 +4,21 @@ written is cleared, so that the space is there for whoever needs it.
 What it takes to go on is twice what was needed, with the reserve: so no job comes back only to be put aside again.
 """
 
+import contextlib
+import errno
 import json
 import os
+import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sftd.protocol import CheckpointLine, EventLine, TrainerLine
 
 LOOKS = 2  # in a row: files come and go while a checkpoint is published
+_NAMED = re.compile(r"No space left on device: ['\"]([^'\"\n]+)['\"]")  # as Python prints it
 UNKNOWN_BYTES = 64 * 1024 * 1024  # what is asked for where no size is known
 
 
@@ -65,6 +71,52 @@ def clear_stages(folder: Path, attempt: int) -> None:
             shutil.rmtree(stage, ignore_errors=True)
 
 
+def is_full(error: OSError) -> bool:
+    """Is it for want of space, or of quota?"""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What is written here is this file: an error of a write does not say so by itself."""
+    try:
+        yield
+    except OSError as error:
+        if is_full(error) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def after_full(folder: Path, *, what: str, path: str | None, needed: int, reserve: int) -> Hold | str:
+    """What is to become of a job that a write has failed for, for want of space.
+
+    It is put aside where the file system is the one of its `folder`; the server looks for room there. Another one would
+    be waited for in vain: then this is what to tell. `path`: what was written; None where nothing tells.
+    """
+    free = free_bytes(folder)
+    if free is None or free <= needed + reserve:
+        return hold_after_full(folder, what=what, needed=needed, reserve=reserve)
+    if path is None:
+        return (
+            f"{what} {_mib(free)} are free in {folder}, so it is another file system: look with `df` at that of temporary "
+            f"files ({tempfile.gettempdir()}) and at /dev/shm, and free some space there, or set TMPDIR for the worker."
+        )
+    if _device(Path(path)) == _device(folder):
+        return hold_after_full(folder, what=what, needed=needed, reserve=reserve)
+    return (
+        f"{what} It is the file system of {path}, where {_mib(free_bytes(Path(path)) or 0)} are free, not that of "
+        f"{folder}: free some space there; for temporary files, or set TMPDIR for the worker."
+    )
+
+
+def _device(path: Path) -> int | None:
+    """Of the file system where a path lies, or would."""
+    for folder in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            return folder.stat().st_dev
+    return None
+
+
 def hold_after_full(folder: Path, *, what: str, needed: int, reserve: int) -> Hold:
     """A write has failed for want of space. More must be free than is now: with a quota the disk does not tell."""
     free = free_bytes(folder) or 0
@@ -86,6 +138,7 @@ class DiskWatch:
     ) -> None:
         self.needed = bytes_of_checkpoint(resume_from) if resume_from else 0  # 0: not known yet
         self.low: Hold | None = None
+        self.free: int | None = None  # at the last look
         self.fits = False  # when it was found low: one more checkpoint had room
         self._folder = folder
         self._attempt = attempt
@@ -117,7 +170,7 @@ class DiskWatch:
         staged = stage_bytes(
             self._folder, self._attempt
         )  # before the free space: what is published between is both
-        found = free_bytes(self._folder)
+        self.free = found = free_bytes(self._folder)
         if found is None or found + staged >= self.needed + self._reserve:
             self._low_since, self._num_low = None, 0
             return
@@ -137,14 +190,20 @@ class DiskWatch:
             needs,
         )
 
-    def after_full(self, what: str) -> Hold:
-        """A write of this run has failed for want of space."""
-        return hold_after_full(self._folder, what=what, needed=self.needed, reserve=self._reserve)
+    def after_full(self, what: str, path: str | None) -> Hold | str:
+        """A write of this run has failed for want of space; as `after_full`."""
+        return after_full(self._folder, what=what, path=path, needed=self.needed, reserve=self._reserve)
 
 
 def speaks_of_full_disk(text: str) -> bool:
     """Do the last words of a process say that a disk was full, in the words of the system or of libraries?"""
     return any(words in text for words in ("No space left on device", "Disk quota exceeded", "os error 28"))
+
+
+def full_path(text: str) -> str | None:
+    """The file that those words name last, if they do."""
+    found = _NAMED.findall(text)
+    return found[-1] if found else None
 
 
 def _mib(num_bytes: int) -> str:

@@ -4,7 +4,6 @@
 ever handed to a trainer.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from sftd.protocol import (
     TrainerJob,
 )
 from sftd.schemas import FailureReason, ManifestFile
+from sftd_worker.disk import is_full, naming
 from sftd_worker.settings import WorkerSettings
 
 if TYPE_CHECKING:  # which imports this module
@@ -111,7 +111,7 @@ def write_job(job: TrainerJob) -> None:
     """Write job.json whole or not at all."""
     folder = Path(job.output_dir)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".job-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
+    with naming(folder), os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(job.model_dump_json(indent=2))
         file.flush()
         os.fsync(file.fileno())
@@ -249,7 +249,7 @@ def _checkpoint(
             notices = [f"{what}; the run goes on from {ref.name}. Check the disk." for what in broken]
             return path, corrupt, notices
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and is_full(error):
                 raise  # nothing is wrong with the checkpoint: there was no room to fetch it
             broken.append(f"{ref.name} is damaged ({error}) and is not used")
             corrupt.append(

@@ -1,7 +1,8 @@
 """The lease on a job: renewed by heartbeats for as long as the attempt lives, and given up the moment it is lost.
 
-A lease is lost when the server says so (409), or when 0.8 of its length has passed since the last heartbeat that the
-server acknowledged was *sent*: by then the server may soon hand the job on, and this worker must have let go. A refused
+A lease is lost when the server itself says so, or when 0.8 of its length has passed since the last heartbeat that the
+server acknowledged was *sent*: by then the server may soon hand the job on, and this worker must have let go. A thread of its
+own sees to that, which touches no file and no connection, so that nothing that hangs keeps a trainer alive. A refused
 connection counts like an acknowledgement where the server says so (there is only one): it shows that no server runs, and
 a server that starts extends every lease.
 """
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 
 from sftd._transport import Transport, backoff_seconds
-from sftd.errors import ApiError, Conflict, ConnectionFailed, NotFound, SftdError
+from sftd.errors import ApiError, Conflict, ConnectionFailed, NotFound, SftdError, UpgradeRequired
 from sftd.protocol import TOKEN_HEADER, Directive, Heartbeat, Lease
 from sftd.schemas import Want
 
@@ -20,11 +21,21 @@ log = logging.getLogger("sftd.worker")
 
 HEARTBEAT_TIMEOUT_SECONDS = 5.0  # beyond the time that the server may hold the answer
 FENCE_SHARE = 0.8
-UPGRADE_REQUIRED = 426
 
 
 class Outdated(Exception):
     """The server does not serve this version of the worker any more."""
+
+
+def is_lost(error: SftdError) -> bool:
+    """Does the server itself say that the lease is over? A 404 or 409 of something before it, or of a server that does
+    not know the call, says nothing."""
+    return isinstance(error, Conflict | NotFound) and error.is_ours and error.code != "unknown_route"
+
+
+def is_outdated(error: SftdError) -> bool:
+    """Does the server itself say that it does not serve this version of the worker?"""
+    return isinstance(error, UpgradeRequired) and error.is_ours
 
 
 class LeaseKeeper:
@@ -49,17 +60,30 @@ class LeaseKeeper:
         self.heard = False  # the server has confirmed the lease
         self.base_sha256: str | None = None  # of the base model, for the server to keep
         self.step = 0  # the newest step, set by the shipper, told to the server
+        self.disk_free_bytes: int | None = (
+            None  # where checkpoints are written, set by the attempt, told to the server
+        )
         self._transport = transport
         self._refused_means_down = refused_means_down
         # Held answers must leave room for several tries before the fence.
         self._wait_seconds = min(wait_seconds, lease.lease_seconds / 8)
         self._on_news = on_news
         self._acknowledged_at = time.monotonic()
+        self._end: Callable[[], None] = lambda: None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._fence = threading.Thread(target=self._await_fence, name="fence", daemon=True)
 
     def start(self) -> None:
+        self._fence.start()
         self._thread.start()
+
+    def ends(self, end: Callable[[], None]) -> None:
+        """What must not outlive the lease: `end` is called when it is lost, at once where it is already, perhaps twice.
+        It touches no files."""
+        self._end = end
+        if self.lost is not None:
+            end()
 
     def close(self) -> None:
         """Stop sending heartbeats. One that is under way ends by itself and changes nothing any more."""
@@ -71,7 +95,7 @@ class LeaseKeeper:
         return self._acknowledged_at + FENCE_SHARE * self.lease.lease_seconds
 
     def still_held(self) -> bool:
-        """May this attempt go on? Asked by the attempt itself, so that it ends in time even if the thread hangs."""
+        """May this attempt go on?"""
         if self.lost is None and time.monotonic() >= self.fence_at:
             self.lose("the server was not heard in time")
         return self.lost is None
@@ -80,8 +104,15 @@ class LeaseKeeper:
         """The lease is lost; every thread of the attempt sees it. Safe to call twice."""
         if self.lost is None:
             self.lost = why
+            self._end()
             self._closed.set()
             self._on_news()
+
+    def _await_fence(self) -> None:
+        """Each acknowledgement moves the fence."""
+        while not self._closed.wait(max(0.0, self.fence_at - time.monotonic())):
+            if not self.still_held():
+                return
 
     def _run(self) -> None:
         try:
@@ -96,12 +127,10 @@ class LeaseKeeper:
             sent_at = time.monotonic()
             try:
                 directive = self._beat()
-            except (Conflict, NotFound) as error:
-                self.lose(str(error))
-                return
             except SftdError as error:
-                if isinstance(error, ApiError) and error.status == UPGRADE_REQUIRED:
+                if is_outdated(error):
                     self.outdated = str(error)
+                if is_lost(error) or self.outdated is not None:
                     self.lose(str(error))
                     return
                 self._missed(error, sent_at, num_failures)
@@ -145,6 +174,7 @@ class LeaseKeeper:
             seen_want=self.want,
             seen_make_room=self.make_room,
             seen_draining=self.draining,
+            disk_free_bytes=self.disk_free_bytes,
             # The first answer is wanted at once: the job may have been cancelled on its way here.
             wait_seconds=self._wait_seconds if self.heard else 0,
         )

@@ -22,7 +22,7 @@ from sftd.errors import (
     TooLarge,
 )
 from sftd.protocol import TOKEN_HEADER
-from sftd_worker.lease import LeaseKeeper
+from sftd_worker.lease import LeaseKeeper, is_lost
 
 log = logging.getLogger("sftd.worker")
 
@@ -46,15 +46,17 @@ def decide(error: SftdError) -> Verdict:
             return Verdict.DROP
         case NotFound(code="file_gone" | "unknown_file" | "unknown_checkpoint" | "unknown_route"):
             return Verdict.DROP
-        case Conflict() | NotFound():
+        case Conflict() | NotFound() if is_lost(error):
             return Verdict.FENCED
         case SequenceGap():
             return Verdict.REWIND
-        case TooLarge() | Invalid():
+        case TooLarge():  # a proxy's word too: what it does not let through is sent in smaller batches
+            return Verdict.DROP
+        case Invalid() if error.is_ours:
             return Verdict.DROP
         case Throttled() | ServerError() | ConnectionFailed():
             return Verdict.RETRY
-        case _:  # 401, 403: a key may be put right while the lease lives
+        case _:  # 401, 403: a key may be put right while the lease lives; or it is not the server that speaks
             return Verdict.RETRY
 
 

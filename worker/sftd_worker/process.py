@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from sftd.tether import tethered
 from sftd_worker import family
+from sftd_worker.disk import naming
 from sftd_worker.warm import CannotFork, WarmParent
 
 log = logging.getLogger("sftd.worker")
@@ -79,6 +80,7 @@ class Trainer:
         save_grace_seconds: float,
         stop_grace_seconds: float,
         on_exit: Callable[[], None],
+        on_started: Callable[["Trainer"], None] = lambda trainer: None,
         warm: WarmParent | None = None,
         cold: bool = False,
     ) -> None:
@@ -91,7 +93,10 @@ class Trainer:
         self.order = Order.RUN
         self.deadline: float | None = None  # monotonic; when patience with the order ends
         self.returncode: int | None = None
-        with (folder / OUTPUT_FILE).open("ab") as output:
+        self._lock = (
+            threading.Lock()
+        )  # of orders, and of its burial: none goes to whoever has its number next
+        with naming(folder / OUTPUT_FILE), (folder / OUTPUT_FILE).open("ab") as output:
             output.write(f"--- attempt {attempt}, {time.strftime('%Y-%m-%d %H:%M:%S %z')} ---\n".encode())
             output.flush()
             self.output_start = output.tell()
@@ -108,6 +113,7 @@ class Trainer:
                     pass_fds=tuple(lock_fds),
                 )
                 family.living.add(self._process.pid)
+            on_started(self)  # before the file is closed, which hangs where its file system does
         self._output = folder / OUTPUT_FILE
         self._watch = threading.Thread(target=self._await_exit, name="trainer-exit", daemon=True)
         try:
@@ -127,16 +133,19 @@ class Trainer:
         return self.returncode is None
 
     def obey(self, order: Order) -> None:
-        """Carry out an order; a milder or repeated one changes nothing. Past its deadline any order becomes KILL."""
-        if not self.running:
-            return
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            order = Order.KILL
-        if order <= self.order:
-            return
-        self.order = order
-        self.deadline = time.monotonic() + self._graces[order]
-        self._tell(order)
+        """Carry out an order; a milder or repeated one changes nothing. Past its deadline any order becomes KILL.
+
+        Safe to call from any thread. It touches no files."""
+        with self._lock:
+            if not self.running:
+                return
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                order = Order.KILL
+            if order <= self.order:
+                return
+            self.order = order
+            self.deadline = time.monotonic() + self._graces[order]
+            self._tell(order)
 
     def kill(self) -> None:
         """Kill it and all its processes. Safe to call twice, and when it is gone."""
@@ -171,7 +180,8 @@ class Trainer:
         self._kill_group()
         with family.births_and_deaths:
             family.end_orphans()  # this one's; it is buried below
-            self.returncode = self._process.wait()
+            with self._lock:
+                self.returncode = self._process.wait()
             family.living.discard(self._process.pid)
         self._on_exit()
 

@@ -21,7 +21,7 @@ from sftd._transport import backoff_seconds
 from sftd.errors import ApiError, ConnectionFailed, ServerError, SftdError, Throttled
 from sftd.protocol import PROTOCOL, Hello, Welcome
 from sftd_worker.gpus import Locks
-from sftd_worker.lease import UPGRADE_REQUIRED
+from sftd_worker.lease import is_outdated
 from sftd_worker.settings import WorkerSettings
 from sftd_worker.worker import Worker
 
@@ -109,12 +109,12 @@ def register(worker: Worker, name: NameLock, *, pause: Callable[[float], object]
             reply = worker.transport.request(
                 "POST", "/worker/register", body=hello, timeout_seconds=CALL_SECONDS, max_retries=0
             )
-        except (ConnectionFailed, ServerError, Throttled) as error:
+        except SftdError as error:
+            if not may_pass(error):
+                raise refused(error, "The server does not accept this worker") from error
             num_failures = note_failure("register", error, num_failures)
             pause(pause_seconds(error, num_failures))
             continue
-        except ApiError as error:
-            raise refused(error, "The server does not accept this worker") from error
         welcome = reply.parse(Welcome)
         check_data_folder(worker.settings, welcome.installation_id)
         worker.refused_means_down = welcome.refused_means_down
@@ -147,9 +147,16 @@ def check_data_folder(settings: WorkerSettings, theirs: str) -> None:
         )
 
 
+def may_pass(error: SftdError) -> bool:
+    """May the same call succeed later? Not after a no of the server itself."""
+    if isinstance(error, ConnectionFailed | ServerError | Throttled):
+        return True
+    return isinstance(error, ApiError) and not error.is_ours
+
+
 def refused(error: SftdError, what: str) -> CannotWork:
     """The server's no, as what ends this worker."""
-    if isinstance(error, ApiError) and error.status == UPGRADE_REQUIRED:
+    if is_outdated(error):
         return too_old(str(error))
     return CannotWork(f"{what}: {error}")
 

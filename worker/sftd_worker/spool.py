@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sftd.protocol import TRAINER_LINE, TrainerLine
+from sftd_worker.disk import naming
 
 log = logging.getLogger("sftd.worker")
 
@@ -40,7 +41,7 @@ class Spool:
 
     def append(self, line: TrainerLine) -> None:
         """Add a line of the agent's own. Only while no trainer runs: there is one writer at a time."""
-        with self.path.open("ab") as file:
+        with naming(self.path), self.path.open("ab") as file:
             file.write(line.model_dump_json().encode() + b"\n")
 
     def append_behind(self, lines: Sequence[TrainerLine]) -> None:

@@ -6,7 +6,6 @@ off. An attempt has one of the two; every file is verified by its hash.
 """
 
 import contextlib
-import errno
 import hashlib
 import logging
 import os
@@ -37,6 +36,7 @@ from sftd.protocol import (
     Restored,
 )
 from sftd.schemas import FailureReason, Want
+from sftd_worker.disk import is_full, naming
 from sftd_worker.files import MANIFEST, Check, PrepareFailed
 from sftd_worker.lease import LeaseKeeper
 from sftd_worker.outbox import Fenced, Outbox, Refused
@@ -264,7 +264,7 @@ class ThroughServer:
 
     def _fetch(self, url: str, params: Mapping[str, str | None], part: Path, check: Check) -> None:
         """Fetch the rest of a file. What has come stays when the connection breaks."""
-        with part.open("ab") as file:
+        with naming(part), part.open("ab") as file:
             headers = dict(self._headers)
             if start := file.tell():
                 headers["Range"] = f"bytes={start}-"
@@ -290,7 +290,7 @@ class ThroughServer:
                 FailureReason.WORKER_ERROR, f"{what} cannot be fetched from the server: {refused}"
             ) from refused
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 raise  # the attempt puts the job aside until there is room
             raise PrepareFailed(
                 FailureReason.WORKER_ERROR, f"{what} cannot be kept on the worker: {error}"

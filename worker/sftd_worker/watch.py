@@ -25,7 +25,7 @@ from sftd.protocol import (
 )
 from sftd.schemas import FailureReason
 from sftd_worker import family, stacks
-from sftd_worker.disk import DiskWatch, Hold, clear_stages, speaks_of_full_disk
+from sftd_worker.disk import DiskWatch, Hold, clear_stages, full_path, speaks_of_full_disk
 from sftd_worker.oom import MemoryWatch
 from sftd_worker.process import Order
 from sftd_worker.settings import WorkerSettings
@@ -134,6 +134,11 @@ class Watch:
         self._stalled: Failed | None = None
         self._stacks: list[str] = []
 
+    @property
+    def disk_free_bytes(self) -> int | None:
+        """Where checkpoints are written, at the last look."""
+        return self._disk.free
+
     def look(self, *, may_save: bool) -> Order:
         """What the trainer is to do, as far as it goes by itself. `may_save`: it has begun, and can save."""
         now = time.monotonic()
@@ -166,7 +171,7 @@ class Watch:
         """How the attempt is to end, where this watch knows better than the trainer's last word; else None."""
         stopped_by_us = self._disk.low is not None and (end is None or end.outcome == "stopped")
         if end is not None and end.outcome == "failed" and end.reason is FailureReason.DISK_FULL:
-            return self._disk.after_full(f"{end.message or 'The disk is full'}.")
+            return self._after_full(f"{end.message or 'The disk is full'}.", end.full_path)
         if end is None and self._stalled is not None:
             return self._stalled
         if stopped_by_us:
@@ -178,9 +183,14 @@ class Watch:
         out_of_memory = self._memory.verdict(self._trainer.returncode, has_ranks=self._has_ranks)
         if out_of_memory is not None:
             return Failed(FailureReason.OUT_OF_MEMORY, out_of_memory)
-        if end is None and speaks_of_full_disk("\n".join(self._trainer.output_tail(40))):
-            return self._disk.after_full("The trainer ended for want of disk space.")
+        said = "" if end is not None else "\n".join(self._trainer.output_tail(40))
+        if speaks_of_full_disk(said):
+            return self._after_full("The trainer ended for want of disk space.", full_path(said))
         return None
+
+    def _after_full(self, what: str, path: str | None) -> Failed | Hold:
+        found = self._disk.after_full(what, path)
+        return Failed(FailureReason.DISK_FULL, found) if isinstance(found, str) else found
 
     def _read_lines(self, now: float) -> None:
         for found in self._spool.lines(self._read_upto):

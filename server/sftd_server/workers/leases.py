@@ -76,7 +76,7 @@ def heartbeat(
     that the worker speaks. Only this moves `lease_until`."""
     row = fenced(session, holder)
     attempt = attempt_of(session, row)
-    seen(session, attempt, now)
+    seen(session, attempt, now, beat.disk_free_bytes)
     changes: dict[str, object] = deadlines(settings, now)
     if beat.step > row.step:
         changes["step"] = beat.step

@@ -11,9 +11,19 @@ from sftd_server.tables import WorkerRow
 from sftd_server.workers.endings import take_back
 from sftd_server.workers.registry import Replaced
 
+FIRST_TOLD_OF_REFUSALS = 2  # older versions take every refused connection for a server that is down
 
-def check_protocol(worker_id: str, protocol: int) -> None:
+
+def check_protocol(worker_id: str, protocol: int, *, refused_means_down: bool) -> None:
     """Raises UpgradeRequired where the worker's version of the protocol is not served here."""
+    if OLDEST_PROTOCOL <= protocol < FIRST_TOLD_OF_REFUSALS and not refused_means_down:
+        raise UpgradeRequired(
+            f"Worker {worker_id} speaks version {protocol} of the worker protocol: where several servers may run on one"
+            " database (PostgreSQL), it would train on behind a lease that another server has handed on. Install the"
+            " server's version of sftd on the worker.",
+            code="worker_too_old",
+            protocol=PROTOCOL,
+        )
     if protocol < OLDEST_PROTOCOL:
         raise UpgradeRequired(
             f"Worker {worker_id} speaks version {protocol} of the worker protocol; this server serves versions"

@@ -50,10 +50,13 @@ def asked(session: Session, claim: Claim, now: datetime) -> WorkerRow:
     return row
 
 
-def seen(session: Session, attempt: AttemptRow, now: datetime) -> None:
-    """Note that the worker of an attempt was heard of."""
+def seen(session: Session, attempt: AttemptRow, now: datetime, disk_free_bytes: int | None) -> None:
+    """Note that the worker of an attempt was heard of, and what room it has if it said so."""
     here = (col(WorkerRow.id) == attempt.worker_id, col(WorkerRow.boot_id) == attempt.boot_id)
-    session.exec(update(WorkerRow).where(*here).values(seen_at=now))
+    values: dict[str, object] = {"seen_at": now}
+    if disk_free_bytes is not None:
+        values["disk_free_bytes"] = disk_free_bytes
+    session.exec(update(WorkerRow).where(*here).values(**values))
 
 
 def is_draining(session: Session, attempt: AttemptRow) -> bool:

@@ -63,7 +63,7 @@ router = APIRouter(
 async def register(hello: Hello, server: ServerDep) -> Response:
     """Say who a worker is, and which dead process it replaces: what that one held goes on at once. 409 where the worker
     sees another data folder than the server's, 426 where it is of a version that is not served."""
-    registration.check_protocol(hello.worker_id, hello.protocol)
+    _check_protocol(hello, server)
     registration.check_installation(hello, server.installation_id)
     work = functools.partial(
         registration.register, hello=hello, settings=server.settings, now=server.clock.now()
@@ -88,7 +88,7 @@ async def register(hello: Hello, server: ServerDep) -> Response:
 )
 async def claim(request: Request, message: Claim, server: ServerDep, caller: CallerDep) -> Response:
     """Take the next job. Held open up to `wait_seconds`; the same `request_id` again brings the same lease."""
-    registration.check_protocol(message.worker_id, message.protocol)
+    _check_protocol(message, server)
 
     async def take() -> Lease | None:
         if server.stopping:
@@ -200,6 +200,12 @@ async def release(job_id: JobId, message: Release, token: Token, server: ServerD
         lambda session: endings.release(session, holder, message, settings=server.settings, now=now)
     )
     return Ok()
+
+
+def _check_protocol(message: Hello | Claim, server: Server) -> None:
+    registration.check_protocol(
+        message.worker_id, message.protocol, refused_means_down=server.refused_means_down
+    )
 
 
 def _pace(server: Server) -> float | None:

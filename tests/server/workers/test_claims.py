@@ -77,7 +77,7 @@ def test_jobs_that_do_not_fit_are_left_to_others(box) -> None:
 
 
 def test_a_worker_that_sees_another_data_folder_is_refused(box, assert_error) -> None:
-    hello = {"worker_id": "w1", "boot_id": "b", "gpus": 1, "device": "cpu"}
+    hello = {"worker_id": "w1", "boot_id": "b", "gpus": 1, "device": "cpu", "protocol": 2}
     welcome = box.worker.post("/worker/register", json=hello)
     known = welcome.json()["installation_id"]
 
@@ -88,7 +88,7 @@ def test_a_worker_that_sees_another_data_folder_is_refused(box, assert_error) ->
 
 
 def test_a_worker_is_listed_with_the_jobs_it_holds(box) -> None:
-    hello = {"worker_id": "w1", "boot_id": "b1", "gpus": 2, "device": "cuda"}
+    hello = {"worker_id": "w1", "boot_id": "b1", "gpus": 2, "device": "cuda", "protocol": 2}
     box.worker.post("/worker/register", json=hello)
     lease = box.running()
 

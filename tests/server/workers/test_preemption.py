@@ -120,6 +120,7 @@ def test_one_big_victim_is_fewer_than_two_small_ones(make_box) -> None:
     assert [told(lease)["make_room"] for lease in (whole, *parts)] == [True, False, False]
 
 
+@pytest.mark.sqlite  # elsewhere it is not served
 def test_a_worker_of_the_earlier_version_is_never_asked(by_priority) -> None:
     box = by_priority
     box.submit(gpus=2)

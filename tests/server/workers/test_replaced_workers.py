@@ -7,7 +7,7 @@ from sftd_server.tables import WorkerRow
 
 
 def hello(box, boot_id: str, **more: object):
-    body = {"worker_id": "w1", "boot_id": boot_id, "gpus": 1, "device": "cpu", **more}
+    body = {"worker_id": "w1", "boot_id": boot_id, "gpus": 1, "device": "cpu", "protocol": 2, **more}
     return box.worker.post("/worker/register", json=body)
 
 

@@ -145,6 +145,20 @@ def test_a_worker_with_a_disk_of_its_own_tells_of_its_space(box, hold) -> None:
     assert look(box, 0) == [lease.job_id]
 
 
+def test_a_busy_worker_with_a_disk_of_its_own_tells_of_its_space_by_heartbeats(box, hold) -> None:
+    """It does not claim, so that its last claim may be hours old."""
+    box.register(gpus=2)
+    waiting = hold(3 * GIB)
+    box.submit()
+    running = box.claim(disk_free_bytes=2 * GIB)
+    running.post("heartbeat", started=True)
+    assert look(box, 2**60) == []
+
+    running.post("heartbeat", started=True, disk_free_bytes=4 * GIB)
+
+    assert look(box, 0) == [waiting.job_id]
+
+
 def test_a_worker_that_is_gone_holds_nobody_up(box, hold) -> None:
     hello = {"worker_id": "w1", "boot_id": "b1", "gpus": 1, "device": "cpu", "protocol": 2}
     box.worker.post("/worker/register", json=hello)

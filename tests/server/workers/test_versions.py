@@ -7,6 +7,7 @@ from tests.server.workers import protocol_1
 from sftd_server.workers import registration
 
 
+@pytest.mark.sqlite
 def test_every_answer_to_a_worker_of_protocol_1_parses_with_its_models(make_box) -> None:
     box = make_box(preemption="priority")
     hello = {"worker_id": "w1", "boot_id": "b1", "gpus": 1, "device": "cpu"}
@@ -24,7 +25,7 @@ def test_every_answer_to_a_worker_of_protocol_1_parses_with_its_models(make_box)
         keep_checkpoints=3,
         priority=2,
     )
-    answer = box.try_claim()
+    answer = box.try_claim(protocol=1)
     lease = protocol_1.Lease.model_validate_json(answer.text)
     assert lease.spec.priority == 2
     held = Lease(box.worker, lease.job_id, lease.attempt, lease.token, answer.json())
@@ -42,7 +43,7 @@ def test_every_answer_to_a_worker_of_protocol_1_parses_with_its_models(make_box)
     protocol_1.Ok.model_validate_json(held.post("release", message="x").text)
     box.admin.post("/workers/w1/undrain")
     box.admin.post(f"/jobs/{held.job_id}/move", json={"position": "first"})
-    while (answer := box.try_claim()).json()["job_id"] != held.job_id:
+    while (answer := box.try_claim(protocol=1)).json()["job_id"] != held.job_id:
         pass
     again = protocol_1.Lease.model_validate_json(answer.text)
     assert [ref.step for ref in again.checkpoints] == [10]
@@ -69,6 +70,24 @@ def test_a_worker_of_a_version_that_is_not_served_is_told_so(
         assert answer.headers["upgrade"] == "sftd-worker/2"
         assert f"version {protocol}" in error["message"]
     assert box.admin.get("/workers").json()["data"] == []
+
+
+def test_a_worker_that_cannot_be_told_of_other_servers_is_not_served_where_there_may_be_some(
+    box, assert_error
+) -> None:
+    """It would take a balancer's refusal for a server that is down, and train on while another hands its job on."""
+    box.submit()
+    answers = [box.register(protocol=1), box.try_claim(protocol=1)]
+
+    if not box.server.db.shared:
+        assert [answer.status_code for answer in answers] == [200, 200]
+        return
+    for answer in answers:
+        error = assert_error(answer, 426, "worker_too_old")
+        assert "several servers" in error["message"]
+        assert "Install" in error["message"]
+    assert box.admin.get("/workers").json()["data"] == []
+    assert box.register(protocol=2).status_code == 200
 
 
 def test_a_busy_server_asks_workers_to_report_less_often(box, monkeypatch) -> None:

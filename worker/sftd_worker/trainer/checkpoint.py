@@ -55,6 +55,7 @@ class RunState:
         default_factory=dict
     )  # what is left of it for a step; empty before the first
     eval_budget: dict[str, int] = field(default_factory=dict)  # and of an evaluation
+    threads: int | None = None  # of this run on CPU; None on GPUs, and in older checkpoints
     unordered: bool = False  # the fixed order of sums was given up (order.py)
     first_loss: float | None = None  # of the run: what a later loss is measured against
     far_off_since: int | None = None  # steps were done when losses began to be far above it (divergence.py)
@@ -345,7 +346,10 @@ class disk_errors:  # reads as a statement: with disk_errors("…", leaving=stag
             self.leaving.unlink(missing_ok=True)
         shutil.rmtree(self.leaving, ignore_errors=True)
         if is_disk_full(error):
-            raise RunFailed(FailureReason.DISK_FULL, f"{self.doing}: the disk is full") from error
+            path = os.path.abspath(getattr(error, "filename", None) or self.leaving)
+            raise RunFailed(
+                FailureReason.DISK_FULL, f"{self.doing}: the disk is full", full_path=path
+            ) from error
 
 
 def is_disk_full(error: BaseException) -> bool:

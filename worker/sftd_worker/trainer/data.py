@@ -23,6 +23,7 @@ from datasets.features import Features, Sequence, Value
 
 from sftd.rows import MAX_PROBLEMS, Row, RowProblem, RowsInvalid, is_test_translation, read_rows
 from sftd.schemas import FailureReason
+from sftd_worker.disk import naming
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.template import CannotRender, Rendered, Template, TrainOn
 
@@ -311,7 +312,7 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with ArrowWriter(features=_COLUMNS, path=str(path)) as writer:
+    with naming(path), ArrowWriter(features=_COLUMNS, path=str(path)) as writer:
         for row in rows:
             writer.write(row)
         writer.finalize()

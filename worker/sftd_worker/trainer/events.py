@@ -20,6 +20,7 @@ from sftd.protocol import (
     StepLine,
     TrainerLine,
 )
+from sftd_worker.disk import naming
 from sftd_worker.trainer.pulse import Pulse
 
 
@@ -34,7 +35,8 @@ class Events:
         self._lock = threading.RLock()  # what one thread says stands together
         if not silent:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lines = _open_for_append(folder / "events.jsonl")
+            self._path = folder / "events.jsonl"
+            self._lines = _open_for_append(self._path)
             self._log = _open_for_append(folder / "training_log.txt")
 
     def log(self, text: str) -> None:
@@ -91,7 +93,7 @@ class Events:
     def _write(self, line: TrainerLine) -> None:
         if self._lines is not None:
             text = line.model_dump_json() + "\n"
-            with self._lock:
+            with self._lock, naming(self._path):
                 self._lines.write(text)
                 self._lines.flush()
 

@@ -15,6 +15,13 @@ import torch
 _CANNOT = re.compile(r"^(.+?) does not have a deterministic implementation")
 
 
+def keep_threads(told: int | None) -> int:
+    """Compute with as many threads as the run did before: sums on a CPU are cut into as many parts. Returns how many."""
+    if told is not None and told != torch.get_num_threads():
+        torch.set_num_threads(told)
+    return torch.get_num_threads()
+
+
 class FixedOrder:
     """Strict for as long as the model's operations allow; the first that cannot ends that for the rest of the run.
 

@@ -66,15 +66,19 @@ def run(job: TrainerJob, *, signals: Signals, notices: Sequence[str] = ()) -> En
         events.log(str(stopped))
         line = end("stopped", message=str(stopped))
     except RunFailed as failure:
-        line = end("failed", failure.reason, str(failure))
+        line = end("failed", failure.reason, str(failure), full_path=failure.full_path)
     except Exception as error:
         if is_out_of_memory(error):
             words = str(error).splitlines() or [type(error).__name__]  # Python's own has none
             line = end("failed", FailureReason.OUT_OF_MEMORY, f"out of memory: {words[0]}")
         elif is_disk_full(error):
-            where = f" ({name})" if (name := getattr(error, "filename", None)) else ""
+            name = getattr(error, "filename", None)
+            where = f" ({name})" if name else ""
             line = end(
-                "failed", FailureReason.DISK_FULL, f"the disk is full{where}; free some and start again"
+                "failed",
+                FailureReason.DISK_FULL,
+                f"the disk is full{where}; free some and start again",
+                full_path=os.path.abspath(os.fsdecode(name)) if isinstance(name, str | bytes) else None,
             )
         else:
             with contextlib.suppress(OSError):  # the end is told, if nothing else

@@ -270,6 +270,7 @@ class Saver:
                 FailureReason.DISK_FULL,
                 f"checkpoint of step {step}: it needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free in "
                 f"{self._folder}; nothing of it was written",
+                full_path=str(self._folder),
             )
 
     def _abandon(self) -> None:

@@ -53,7 +53,7 @@ from sftd_worker.trainer.memory import (
 )
 from sftd_worker.trainer.model import Model, load_model, load_tokenizer
 from sftd_worker.trainer.optim import learning_rate, make_optimizer, set_learning_rate, warmup_steps
-from sftd_worker.trainer.order import FixedOrder
+from sftd_worker.trainer.order import FixedOrder, keep_threads
 from sftd_worker.trainer.packing import Prefix, TokenRow, idle_row, lay_out, most_tokens
 from sftd_worker.trainer.precision import choose_precision
 from sftd_worker.trainer.saving import Saver
@@ -146,7 +146,14 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
                 f"{resume_from.name} was trained on other rows than {job.training_name} gives now; put the old file "
                 "(and flags) back, or use an empty folder",
             )
+        if (
+            state.threads is not None
+            and world.device.type == "cpu"
+            and state.threads != torch.get_num_threads()
+        ):
+            events.log(f"{state.threads} thread(s), as before: the last bits depend on it")
         events.log(f"resumed from {resume_from.name}: {state.step} of {plan.total_steps} steps are done")
+    state.threads = keep_threads(state.threads) if world.device.type == "cpu" else None
     _describe(job, model, sharding, train_rows, eval_rows, plan, state, world, events, tokenizer, resume_from)
     if (
         world.is_main and state.evaluations
