@@ -148,7 +148,9 @@ class Heartbeat(Message):
     wait_seconds: float = Field(0, ge=0, le=10)
     seen_make_room: bool = False
     seen_draining: bool = False
-    disk_free_bytes: int | None = Field(None, ge=0, lt=2**63)  # as in Claim, which a busy worker does not send
+    disk_free_bytes: int | None = Field(
+        None, ge=0, lt=2**63
+    )  # as in Claim, which a busy worker does not send
 
 
 class Directive(Reply):
@@ -360,7 +362,9 @@ class EndLine(Message):
     reason: FailureReason | None = None
     message: str | None = None
     files: dict[ArtifactPath, ManifestFile] = {}
-    full_path: str | None = None  # with `disk_full`: what was written when there was no room, where that is known
+    full_path: str | None = (
+        None  # with `disk_full`: what was written when there was no room, where that is known
+    )
 
 
 TrainerLine = Annotated[

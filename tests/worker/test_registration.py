@@ -42,7 +42,9 @@ def test_a_busy_worker_says_what_room_it_has_by_its_heartbeats(
     server.post_job()
     worker.start({"steps": 10**6, "step_seconds": 0.02}, heartbeat_wait_seconds=0.2)
 
-    told = server.until(lambda: [free for beat in server.bodies("heartbeat") if (free := beat["disk_free_bytes"])])
+    told = server.until(
+        lambda: [free for beat in server.bodies("heartbeat") if (free := beat["disk_free_bytes"])]
+    )
 
     assert abs(told[-1] - (free_bytes(server.data) or 0)) < 2**30  # others use this disk too
 

@@ -59,7 +59,9 @@ class LeaseKeeper:
         self.outdated: str | None = None  # the server's word, where it does not serve this version any more
         self.heard = False  # the server has confirmed the lease
         self.step = 0  # the newest step, set by the shipper, told to the server
-        self.disk_free_bytes: int | None = None  # where checkpoints are written, set by the attempt, told to the server
+        self.disk_free_bytes: int | None = (
+            None  # where checkpoints are written, set by the attempt, told to the server
+        )
         self._transport = transport
         self._refused_means_down = refused_means_down
         # Held answers must leave room for several tries before the fence.

@@ -93,7 +93,9 @@ class Trainer:
         self.order = Order.RUN
         self.deadline: float | None = None  # monotonic; when patience with the order ends
         self.returncode: int | None = None
-        self._lock = threading.Lock()  # of orders, and of its burial: none goes to whoever has its number next
+        self._lock = (
+            threading.Lock()
+        )  # of orders, and of its burial: none goes to whoever has its number next
         with naming(folder / OUTPUT_FILE), (folder / OUTPUT_FILE).open("ab") as output:
             output.write(f"--- attempt {attempt}, {time.strftime('%Y-%m-%d %H:%M:%S %z')} ---\n".encode())
             output.flush()

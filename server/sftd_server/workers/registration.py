@@ -11,7 +11,6 @@ from sftd_server.tables import WorkerRow
 from sftd_server.workers.endings import take_back
 from sftd_server.workers.registry import Replaced
 
-
 FIRST_TOLD_OF_REFUSALS = 2  # older versions take every refused connection for a server that is down
 
 

@@ -146,7 +146,11 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
                 f"{resume_from.name} was trained on other rows than {job.training_name} gives now; put the old file "
                 "(and flags) back, or use an empty folder",
             )
-        if state.threads is not None and world.device.type == "cpu" and state.threads != torch.get_num_threads():
+        if (
+            state.threads is not None
+            and world.device.type == "cpu"
+            and state.threads != torch.get_num_threads()
+        ):
             events.log(f"{state.threads} thread(s), as before: the last bits depend on it")
         events.log(f"resumed from {resume_from.name}: {state.step} of {plan.total_steps} steps are done")
     state.threads = keep_threads(state.threads) if world.device.type == "cpu" else None
