@@ -399,6 +399,9 @@ def test_a17_ids_and_names_are_bound(shared_box) -> None:
         assert shared_box.admin.delete(
             f"/keys/{text.replace(chr(0), '%00')}".replace("#", "")
         ).status_code in (404, 405, 422)
-        body = {"worker_id": text, "boot_id": "b", "request_id": "r", "gpus": 1, "wait_seconds": 0}
-        assert shared_box.worker.post("/worker/claim", json=body).status_code in (200, 204, 422)
+        who = {"worker_id": text, "boot_id": "b", "gpus": 1}
+        registered = shared_box.worker.post("/worker/register", json={**who, "device": "cpu"}).status_code
+        claim = {**who, "request_id": "r", "wait_seconds": 0}
+        claimed = shared_box.worker.post("/worker/claim", json=claim).status_code
+        assert (registered == 200 and claimed in (200, 204)) or (registered, claimed) == (422, 422), text
     assert shared_box.admin.get("/keys").status_code == 200

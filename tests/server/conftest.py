@@ -262,7 +262,13 @@ def start_box(data: Path, clock: ManualClock | None = None, **settings: Any) -> 
         ready.set()
         await serving
 
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
+    def run() -> None:
+        try:
+            loop.run_until_complete(serve())
+        finally:
+            loop.close()  # its files: a session has hundreds of servers
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     assert ready.wait(20)
     assert uvicorn_server.started, "the server did not start"

@@ -63,7 +63,9 @@ def test_a_trainer_writes_its_stacks_when_asked_and_goes_on(make_job: MakeJob) -
     assert done.end is not None
     assert done.end.outcome == "succeeded"
     stacks = (folder / TRAINER_STACKS_FILE).read_text()
-    assert "__main__.py" in stacks or "\n  ...\n" in stacks  # deep in imports: faulthandler shows a hundred frames
+    assert (
+        "__main__.py" in stacks or "\n  ...\n" in stacks
+    )  # deep in imports: faulthandler shows a hundred frames
     assert (folder / TRAINER_PULSE_FILE).exists()
 
 

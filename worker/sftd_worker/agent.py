@@ -25,6 +25,7 @@ from sftd_worker.gpus import Devices, NoDevice, find_devices, list_gpus, share_o
 from sftd_worker.process import trainer_environment
 from sftd_worker.registration import CannotWork, NameLock, TooOld, refused, register, too_old
 from sftd_worker.settings import SettingsError, WorkerSettings, read_settings
+from sftd_worker.tidy import Tidier
 from sftd_worker.warm import WarmParent
 from sftd_worker.worker import Stops, Worker
 
@@ -104,6 +105,8 @@ def _work(worker: Worker, name: NameLock) -> None:
     claimer: Claimer | None = None
     registering = _Errand(worker, "register", lambda pause: register(worker, name, pause=pause))
     looking = _Errand(worker, "look", lambda pause: _look_for_lost(worker, pause))
+    tidier = Tidier(worker, name)
+    tidying = _Errand(worker, "tidy", lambda pause: tidier.tidy())
     no: CannotWork | None = None
     while no is None and not worker.stops.asked:
         crew.look()
@@ -113,6 +116,8 @@ def _work(worker: Worker, name: NameLock) -> None:
             registering.run()
         if worker.lost_gpus:
             looking.run()
+        if tidier.due:
+            tidying.run()
         if claimer is None and crew.wanted_slots():
             claimer = Claimer(worker, name, crew.wanted_slots)
             claimer.start()

@@ -42,13 +42,13 @@ from sftd_worker.process import (
 )
 from sftd_worker.shipper import TAIL_LINES, Shipper, cut, scrubbed
 from sftd_worker.spool import Spool
+from sftd_worker.tidy import TRAINER_LOCK, mark_delivered, unmark
 from sftd_worker.transfer import transfer_of
 from sftd_worker.watch import Failed, Watch
 from sftd_worker.worker import Bell, Worker
 
 log = logging.getLogger("sftd.worker")
 
-TRAINER_LOCK = ".trainer.lock"
 TAIL_LINE_CHARS = 2000
 MAX_MESSAGE_CHARS = 8000
 HURRIED_SECONDS = 3.0  # for the last calls of a worker that was told to hurry
@@ -104,6 +104,7 @@ class _Attempt:
         self.locks = Locks()
         self.gpus: tuple[Gpu, ...] = ()  # that the trainer was given
         self.trainer: Trainer | None = None
+        self.complete = False  # the server has all that its trainer has said
         environment = dict(os.environ)
         self.secrets = secrets_of({**environment, "SFTD_WORKER_KEY": worker.settings.read_key()})
 
@@ -143,6 +144,8 @@ class _Attempt:
                 given_up=lambda: self._out_of_patience(since),
             )
             self.transfer.say_last(call, send)
+            if self.complete and self.settings.own_data:
+                mark_delivered(job_folder(self.settings.data, self.lease))
             log.info("%s: %s", where, what)
         except Fenced as fenced:
             log.warning("%s: %s was not heard (%s)", where, what, fenced)
@@ -228,6 +231,7 @@ class _Attempt:
     # ------------------------------------------------------------ training
 
     def _train(self, prepared: Prepared, folder: Path) -> Finish | Release | None:
+        unmark(folder)
         spool = Spool(folder / TRAINER_LINES_FILE, attempt=self.lease.attempt)
         for notice in prepared.notices:
             now = time.time()
@@ -266,6 +270,7 @@ class _Attempt:
             if shipper is not None:
                 shipper.finish()
         self._await_shipper(shipper)
+        self.complete = shipper.complete
         return self._verdict(trainer, shipper, watch)
 
     def _follow(

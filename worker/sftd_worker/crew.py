@@ -57,8 +57,9 @@ class Crew:
             return
         log.info("%s: claimed", where)
         member = _Member(self._worker, lease)
-        self._members = (*self._members, member)
-        self._tell_worker()
+        with self._worker.files_lock:
+            self._members = (*self._members, member)
+            self._tell_worker()
         member.thread.start()
 
     def look(self) -> None:

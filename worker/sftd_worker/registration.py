@@ -74,10 +74,15 @@ class NameLock:
                 worker_name,
             )
 
+    @property
+    def held(self) -> bool:
+        """Has this process the lock?"""
+        return bool(self._locks.fds)
+
     def note(self) -> None:
         """The server knows this process: from now on the next one must give it as the one it replaces."""
         self.replaces = None
-        if not self._locks.fds:
+        if not self.held:
             return
         try:
             handle, temporary = tempfile.mkstemp(dir=self._file.parent, prefix=".worker-")

@@ -116,10 +116,22 @@ class WorkerSettings(BaseModel):
         lt=2**60,
         description="A job is put aside when less than this would be left free beside its next checkpoint.",
     )
-    # Not settable from outside: how often a lost GPU is looked for, how long older checkpoints may take to be removed
+    own_data_days: float = Field(
+        7,
+        ge=0,
+        description="With own_data: files that the server has are removed when they were not used for so long; 0: never.",
+    )
+    own_data_bytes: int = Field(
+        100 * 1024**3,
+        ge=0,
+        lt=2**60,
+        description="With own_data: while the folder holds more, what the server has goes by last use; 0: no limit.",
+    )
+    # Not settable from outside: how often a lost GPU and unused files are looked for, how long older checkpoints may take to be removed
     # behind a new one, how long a trainer may stay behind its last word, how it and its warm parent are started. Tests
     # put scripted ones here.
     gpu_look_seconds: float = Field(60, exclude=True)
+    tidy_seconds: float = Field(3600, exclude=True)
     disk_settle_seconds: float = Field(60, exclude=True)
     last_word_seconds: float = Field(60, exclude=True)
     trainer_argv: tuple[str, ...] = Field((sys.executable, "-m", "sftd_worker.trainer"), exclude=True)

@@ -41,6 +41,7 @@ from sftd_worker.files import MANIFEST, Check, PrepareFailed
 from sftd_worker.lease import LeaseKeeper
 from sftd_worker.outbox import Fenced, Outbox, Refused
 from sftd_worker.settings import WorkerSettings
+from sftd_worker.tidy import touch
 
 log = logging.getLogger("sftd.worker")
 
@@ -193,6 +194,7 @@ class ThroughServer:
         path = f"/worker/jobs/{self._lease.job_id}/inputs/{file.sha256}"
         with self._preparing(file.filename, check):
             self._bring(path, {}, self._below(file.path), file.sha256, check)
+        touch(self._below(file.path))
 
     def bring_base(self, path: str, check: Check) -> None:
         found = _FOLDER.fullmatch(path)
@@ -200,6 +202,7 @@ class ThroughServer:
             return
         with self._preparing(path, check):
             self._bring_folder(_kind(path), found[2], found[1], self._below(path), check)
+        touch(self._below(f"jobs/{found[1]}"))
 
     def bring_checkpoint(self, ref: CheckpointRef, check: Check) -> bool:
         folder = self._below(f"{ref.folder or self._lease.folder}/checkpoints/{ref.name}")

@@ -109,6 +109,7 @@ class Worker:
     attempt_bells: tuple[Bell, ...] = ()  # replaced as a whole: a signal handler reads it
 
     def __post_init__(self) -> None:
+        self.files_lock = threading.Lock()  # held while files go that no attempt uses, and while one begins
         self._all_gpus = self.devices.gpus
         self._lock = threading.Lock()
 
