@@ -273,7 +273,7 @@ class Restored(Reply):
 class Ok(Reply):
     """Answer to calls that have nothing else to say."""
 
-    ok: bool = True
+    ok: bool
 
 
 class TrainerJob(Message):

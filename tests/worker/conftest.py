@@ -34,6 +34,7 @@ class Fault:
     times: int = 1
     status: int | None = None  # answer with this
     headers: dict[str, str] = field(default_factory=dict)
+    code: str = "scripted"
     page: bool = False  # with a body that is not ours, as of a proxy
     serve_first: bool = False  # serve the call, then lose the answer
     when: Callable[[dict[str, Any]], bool] = lambda body: True
@@ -188,7 +189,7 @@ class FakeServer:
                 status, headers, answer = self._answer(handler, body)
             if fault is not None and fault.status is not None:
                 status, headers = fault.status, fault.headers
-                answer = {"detail": "Not Found"} if fault.page else _error("scripted")
+                answer = {"detail": "Not Found"} if fault.page else _error("scripted", fault.code)
             self.lock.notify_all()
         if fault is not None and fault.status is None:
             handler.close_connection = True  # the answer is lost
@@ -269,8 +270,8 @@ class FakeServer:
         return any(body["attempt"] == self.attempts for _, body in self.last_calls)
 
 
-def _error(message: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "test", "param": None, "code": "test"}}
+def _error(message: str, code: str = "test") -> dict[str, Any]:
+    return {"error": {"message": message, "type": "test", "param": None, "code": code}}
 
 
 class WorkerProcess:

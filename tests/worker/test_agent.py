@@ -299,7 +299,7 @@ def test_a_server_that_is_down_for_longer_than_a_lease_gets_everything_later(
 # ---------------------------------------------------------------- how trainers end
 
 
-@pytest.mark.parametrize("status", [404, 409, 422, 426])
+@pytest.mark.parametrize("status", [200, 404, 409, 422, 426])
 def test_errors_that_are_not_the_servers_are_an_outage(
     server: "FakeServer", worker: "WorkerProcess", status: int
 ) -> None:

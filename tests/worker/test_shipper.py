@@ -132,6 +132,26 @@ def test_one_refused_line_does_not_hold_up_the_others(
     assert json.loads(rejected)["item"]["step"] == 7
 
 
+def test_what_the_server_has_otherwise_takes_its_number_and_no_other_line(
+    server: "FakeServer", shipping: Shipping, fault: Callable[..., None]
+) -> None:
+    shipping.steps(1, 6)
+    shipping.shipper.start()
+    server.until(lambda: server.steps() == list(range(1, 7)))
+    fault("metrics", status=409, code="batch_differs", when=lambda body: body["seq"] == 6)
+    with server.lock:
+        server.streams["metrics"].append({"step": 666, "values": {}})
+
+    shipping.steps(7, 7)
+    server.until(lambda: (shipping.folder / "logs/rejected.jsonl").exists())
+    shipping.steps(8, 9)
+    shipping.shipper.finish()
+
+    assert shipping.shipper.done.wait(10)
+    assert shipping.shipper.error is None
+    assert server.steps() == [*range(1, 7), 666, 8, 9]
+
+
 def test_the_numbers_stay_right_when_a_line_was_refused_and_the_server_forgets(
     server: "FakeServer", shipping: Shipping, fault: Callable[..., None]
 ) -> None:

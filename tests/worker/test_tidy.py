@@ -161,6 +161,19 @@ def test_nothing_goes_while_a_job_or_another_worker_is_there(
     assert tidy() == []
 
 
+def test_what_an_attempt_has_used_meanwhile_stays(
+    own: Path, name: NameLock, worker: Callable[..., Worker], lay: Callable[..., Path]
+) -> None:
+    lay("jobs/used", 8, delivered=True), lay("jobs/old", 8, delivered=True)
+    tidier = Tidier(worker(), name)
+    listed = list(items(own))
+    unmark(own / "jobs" / "used")
+
+    tidier._remove(listed)
+
+    assert [path.name for path in (own / "jobs").iterdir()] == ["used"]
+
+
 def test_a_shared_folder_is_the_servers_business(
     lay: Callable[..., Path], tidy: Callable[..., list[str]]
 ) -> None:

@@ -155,6 +155,7 @@ class _Attempt:
 
     def _say_instead(self, refused: Finish | Release, why: str) -> None:
         """The server does not take the last call: say what it will take, so that the job does not hang in the lease."""
+        self.complete = False  # what was refused is nowhere else
         if isinstance(refused, Finish) and refused.state in ("cancelled", "paused"):
             # The wish was taken back meanwhile.
             self.say_last(self._release("The job is wanted again.", "wanted_again"))
@@ -270,7 +271,7 @@ class _Attempt:
             if shipper is not None:
                 shipper.finish()
         self._await_shipper(shipper)
-        self.complete = shipper.complete
+        self.complete = shipper.complete and not shipper.num_refused
         return self._verdict(trainer, shipper, watch)
 
     def _follow(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sftd._transport import backoff_seconds
 from sftd.errors import Conflict, NotFound, SftdError
-from sftd.protocol import PROTOCOL, TOKEN_HEADER, Claim, Finish, Lease, Release
+from sftd.protocol import PROTOCOL, TOKEN_HEADER, Claim, Finish, Lease, Ok, Release
 from sftd_worker.disk import free_bytes
 from sftd_worker.registration import (
     CALL_SECONDS,
@@ -136,4 +136,4 @@ def say_without_attempt(worker: Worker, lease: Lease, word: Release | Finish) ->
         body=word,
         headers={TOKEN_HEADER: lease.token},
         timeout_seconds=CALL_SECONDS,
-    )
+    ).parse(Ok)

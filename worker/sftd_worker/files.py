@@ -198,7 +198,7 @@ def _is_own_folder(model: str, data: Path) -> bool:
 
 
 def _same_model(folder: Path, lease: Lease, check: Check) -> str:
-    """The hash of all that lies in a model's folder. Raises PrepareFailed where an earlier attempt had another one."""
+    """The hash of all that lies in a model's folder. Raises PrepareFailed where the checkpoints come from another one."""
     try:
         found = _folder_sha256(folder, check)
     except OSError as error:
@@ -206,7 +206,7 @@ def _same_model(folder: Path, lease: Lease, check: Check) -> str:
             FailureReason.MODEL_NOT_FOUND,
             f"{folder} cannot be read on the worker: {error.strerror or error}.",
         ) from error
-    if lease.base_sha256 not in (None, found):
+    if lease.checkpoints and lease.base_sha256 not in (None, found):
         raise PrepareFailed(
             FailureReason.WORKER_ERROR,
             f"{folder} is not the model that this job began with: its files have changed. Put them back, or post a new job"
@@ -215,6 +215,15 @@ def _same_model(folder: Path, lease: Lease, check: Check) -> str:
     return found
 
 
+_READ_OF_MODELS = {
+    ".safetensors",
+    ".json",
+    ".model",
+    ".txt",
+    ".jinja",
+    ".tiktoken",
+    ".py",
+}  # not cards and licences
 _hashes: dict[
     Path, tuple[tuple[int, ...], str]
 ] = {}  # of weights, by size, times and inode: they seldom change
@@ -224,7 +233,7 @@ def _folder_sha256(folder: Path, check: Check) -> str:
     """Of names and content of a model's files: those that loading may read, wherever their links lead."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
+        if path.is_file() and not path.name.startswith(".") and path.suffix in _READ_OF_MODELS:
             stat = path.stat()
             state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
             known = _hashes.get(path)

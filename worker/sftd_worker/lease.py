@@ -104,9 +104,11 @@ class LeaseKeeper:
         """The lease is lost; every thread of the attempt sees it. Safe to call twice."""
         if self.lost is None:
             self.lost = why
-            self._end()
-            self._closed.set()
-            self._on_news()
+            try:
+                self._end()
+            finally:
+                self._closed.set()
+                self._on_news()
 
     def _await_fence(self) -> None:
         """Each acknowledgement moves the fence."""

@@ -21,13 +21,19 @@ from sftd.errors import (
     Throttled,
     TooLarge,
 )
-from sftd.protocol import TOKEN_HEADER
+from sftd.protocol import TOKEN_HEADER, NextSeq, Ok, Reply, Restored
 from sftd_worker.lease import LeaseKeeper, is_lost
 
 log = logging.getLogger("sftd.worker")
 
 T = TypeVar("T")
 CALL_TIMEOUT_SECONDS = 20.0
+_ANSWERS: dict[str, type[Reply]] = {
+    "metrics": NextSeq,
+    "logs": NextSeq,
+    "events": NextSeq,
+    "restore": Restored,
+}
 
 
 class Verdict(enum.Enum):
@@ -123,11 +129,13 @@ class Outbox:
         raise Fenced(self._keeper.lost or "given up, the worker is being stopped")
 
     def _once(self, call: str, body: BaseModel) -> bytes:
-        return self._transport.request(
+        reply = self._transport.request(
             "POST",
             f"/worker/jobs/{self._keeper.lease.job_id}/{call}",
             body=body,
             headers={TOKEN_HEADER: self._keeper.lease.token},
             timeout_seconds=CALL_TIMEOUT_SECONDS,
             max_retries=0,
-        ).content
+        )
+        reply.parse(_ANSWERS.get(call, Ok))  # a page of something before the server is no answer of it
+        return reply.content

@@ -90,19 +90,44 @@ class Trainer:
             Order.KILL: KILL_WAIT_SECONDS,
         }
         self._on_exit = on_exit
+        self._process: Started | None = None
         self.order = Order.RUN
         self.deadline: float | None = None  # monotonic; when patience with the order ends
         self.returncode: int | None = None
         self._lock = (
             threading.Lock()
         )  # of orders, and of its burial: none goes to whoever has its number next
-        with naming(folder / OUTPUT_FILE), (folder / OUTPUT_FILE).open("ab") as output:
+        self._output = folder / OUTPUT_FILE
+        self._watch = threading.Thread(target=self._await_exit, name="trainer-exit", daemon=True)
+        try:
+            self._start(argv, attempt, environment, lock_fds, on_started, warm=None if cold else warm)
+            self._watch.start()
+        except (
+            BaseException
+        ):  # no thread is to be had, or its output cannot be closed: nobody would hear of its end
+            if self._process is not None:
+                family.send(self.pid, signal.SIGKILL)
+                self._await_exit()
+            raise
+
+    def _start(
+        self,
+        argv: Sequence[str],
+        attempt: int,
+        environment: Mapping[str, str],
+        lock_fds: Sequence[int],
+        on_started: Callable[["Trainer"], None],
+        *,
+        warm: WarmParent | None,
+    ) -> None:
+        folder = self._output.parent.parent
+        with naming(self._output), self._output.open("ab") as output:
             output.write(f"--- attempt {attempt}, {time.strftime('%Y-%m-%d %H:%M:%S %z')} ---\n".encode())
             output.flush()
             self.output_start = output.tell()
             with family.births_and_deaths:
-                forked = None if cold else _fork(warm, folder, environment, output.fileno(), lock_fds)
-                self._process: Started = forked or subprocess.Popen(
+                forked = _fork(warm, folder, environment, output.fileno(), lock_fds)
+                self._process = forked or subprocess.Popen(
                     tethered([*argv, str(folder)], adopts=True),
                     cwd=folder,
                     env=dict(environment),
@@ -114,18 +139,11 @@ class Trainer:
                 )
                 family.living.add(self._process.pid)
             on_started(self)  # before the file is closed, which hangs where its file system does
-        self._output = folder / OUTPUT_FILE
-        self._watch = threading.Thread(target=self._await_exit, name="trainer-exit", daemon=True)
-        try:
-            self._watch.start()
-        except RuntimeError:  # no thread is to be had: nobody would ever hear of its end
-            family.send(self._process.pid, signal.SIGKILL)
-            self._await_exit()
-            raise
 
     @property
     def pid(self) -> int:
         """Of the trainer, or of the launcher of its ranks."""
+        assert self._process is not None
         return self._process.pid
 
     @property
@@ -143,9 +161,9 @@ class Trainer:
                 order = Order.KILL
             if order <= self.order:
                 return
+            self._tell(order)
             self.order = order
             self.deadline = time.monotonic() + self._graces[order]
-            self._tell(order)
 
     def kill(self) -> None:
         """Kill it and all its processes. Safe to call twice, and when it is gone."""
@@ -176,18 +194,23 @@ class Trainer:
     def _await_exit(self) -> None:
         # WNOWAIT leaves the dead leader in place, so that its number cannot be anybody else's while what is left of
         # it is killed.
-        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        assert self._process is not None
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         self._kill_group()
         with family.births_and_deaths:
             family.end_orphans()  # this one's; it is buried below
             with self._lock:
                 self.returncode = self._process.wait()
-            family.living.discard(self._process.pid)
+            family.living.discard(self.pid)
         self._on_exit()
 
     def _tell(self, order: Order) -> None:
         """Signal the trainer and all its processes: the ranks of a launcher are in sessions of their own."""
-        everybody = [self._process.pid, *family.descendants(self._process.pid)]
+        try:
+            everybody = [self.pid, *family.descendants(self.pid)]
+        except OSError as error:  # no file descriptor is to be had: those below it end as orphans
+            log.warning("the processes of a trainer could not be looked for: %s", error)
+            everybody = [self.pid]
         for pid in everybody:
             if order is Order.SAVE_AND_STOP and family.handles(pid, signal.SIGUSR1):
                 family.send(pid, signal.SIGUSR1)
@@ -200,7 +223,7 @@ class Trainer:
 
     def _kill_group(self) -> None:
         try:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             return  # gone already
 

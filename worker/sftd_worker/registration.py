@@ -114,13 +114,13 @@ def register(worker: Worker, name: NameLock, *, pause: Callable[[float], object]
             reply = worker.transport.request(
                 "POST", "/worker/register", body=hello, timeout_seconds=CALL_SECONDS, max_retries=0
             )
+            welcome = reply.parse(Welcome)
         except SftdError as error:
             if not may_pass(error):
                 raise refused(error, "The server does not accept this worker") from error
             num_failures = note_failure("register", error, num_failures)
             pause(pause_seconds(error, num_failures))
             continue
-        welcome = reply.parse(Welcome)
         check_data_folder(worker.settings, welcome.installation_id)
         worker.refused_means_down = welcome.refused_means_down
         name.note()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from sftd.errors import SequenceGap
+from sftd.errors import Conflict, SequenceGap
 from sftd.protocol import (
     MAX_EVENTS,
     MAX_LINE_CHARS,
@@ -76,6 +76,7 @@ class Shipper:
         self.error: str | None = None
         self.done = threading.Event()
         self.complete = False  # all that the trainer has said is on the server
+        self.num_refused = 0  # checkpoints that the server would not take
         self.end: EndLine | None = None  # the trainer's last word, once it has come by
         self.log_tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._spool = spool
@@ -182,7 +183,8 @@ class Shipper:
                 # One of the batch is at fault: halve until it stands alone.
                 if len(batch) == 1:
                     self._record(kind, str(refused), batch[0][1])
-                    self._refused[kind].add(batch[0][0])
+                    if not _has_number(refused):
+                        self._refused[kind].add(batch[0][0])
                     pending = pending[1:]
                 most = max(1, len(batch) // 2)
                 continue
@@ -240,7 +242,11 @@ class Shipper:
         return None
 
     def _report(self, report: CheckpointReport) -> None:
-        self._transfer.report(report, on_refused=lambda why: self._record("checkpoint", why, report))
+        def on_refused(why: str) -> None:
+            self.num_refused += not report.corrupt
+            self._record("checkpoint", why, report)
+
+        self._transfer.report(report, on_refused=on_refused)
 
     def _record(self, kind: str, why: str, item: Item | TrainerLine | CheckpointReport) -> None:
         """Keep what the server will not take, for whoever looks into it."""
@@ -273,6 +279,11 @@ def _scrubbed_data(value: Any, secrets: Sequence[str]) -> Any:  # JSON of any sh
     if isinstance(value, dict):
         return {key: _scrubbed_data(entry, secrets) for key, entry in value.items()}
     return value
+
+
+def _has_number(refused: Refused) -> bool:
+    """Whether the server has something else under the item's number: the next one has the next number all the same."""
+    return isinstance(refused.__cause__, Conflict) and refused.__cause__.code == "batch_differs"
 
 
 def _kind(line: TrainerLine) -> Kind | None:

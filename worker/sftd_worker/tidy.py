@@ -75,7 +75,7 @@ class Tidier:
         data = self._worker.settings.data
         self._next_at = time.monotonic() + self._worker.settings.tidy_seconds
         try:
-            if not _alone(data, self._worker.settings.worker_name):
+            if not self._is_alone():
                 return
             for kind in _KINDS:
                 for path in _entries(data, kind):
@@ -85,12 +85,18 @@ class Tidier:
         except OSError as error:
             log.warning("the data folder could not be tidied: %s", error)
 
+    def _is_alone(self) -> bool:
+        return _alone(self._worker.settings.data, self._worker.settings.worker_name)
+
     def _remove(self, unused: list[Item]) -> None:
         num_bytes = 0
         for item in unused:
             with self._worker.files_lock:  # what is gone is gone before the next attempt looks for it
                 if self._worker.attempt_bells or self._worker.stops.asked:
                     break
+                # An attempt may have come and gone, or another worker begun here, since this was listed.
+                if not self._is_alone() or _item(item.path, is_job=item.path.parent.name == "jobs") != item:
+                    continue
                 trash = _put_away(item.path)
             if trash is not None:
                 _delete(trash)

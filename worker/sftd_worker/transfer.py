@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 from pydantic import BaseModel
 
 from sftd._transport import Reply, Transport
-from sftd.errors import ApiError, SequenceGap
+from sftd.errors import ApiError, ConnectionFailed, SequenceGap
 from sftd.protocol import (
     PIECE_BYTES,
     TOKEN_HEADER,
@@ -110,9 +110,17 @@ class SharedFolder:
         found = _FOLDER.fullmatch(path)
         if found is None:  # a model of this machine, or of the hub
             return
-        _, hashes = _ask_files(
-            self._outbox, self._transport, self._keeper, _kind(path), found[2], found[1], check
-        )
+        try:
+            _, hashes = _ask_files(
+                self._outbox, self._transport, self._keeper, _kind(path), found[2], found[1], check
+            )
+        except Refused as refused:
+            if (self._data / path).is_dir():  # one that was made before results were recorded file by file
+                return
+            raise PrepareFailed(
+                FailureReason.MODEL_NOT_FOUND,
+                f"{path} is gone: {refused} Train it again or name another model.",
+            ) from refused
 
         def is_whole() -> bool:
             return all(_is(self._data / path / name, sha256, check) for name, sha256 in hashes.items())
@@ -402,13 +410,18 @@ class ThroughServer:
 
     def _put(self, sha256: str, piece: bytes, content_range: str, size: int) -> Reply:
         def once() -> Reply:
-            return self._transport.put_piece(
+            reply = self._transport.put_piece(
                 f"/worker/blobs/{sha256}",
                 piece,
                 params={"job_id": self._lease.job_id, "attempt": self._lease.attempt},
                 headers={**self._headers, "Content-Range": content_range},
                 timeout_seconds=SILENCE_SECONDS + size / SLOWEST_HASH,
             )
+            if reply.status not in (201, 308):
+                raise ConnectionFailed(
+                    f"An sftd server does not answer {reply.status} to a piece; check the address."
+                )
+            return reply
 
         return self._outbox.keep_trying("blobs", once)
 

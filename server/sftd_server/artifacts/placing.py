@@ -7,10 +7,12 @@ files without a row, which the repeated report finds in their place; a row of th
 does not fit them, by its hash, and is not resumed from.
 """
 
+import asyncio
 import contextlib
 import functools
 import json
 import os
+import secrets
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -23,7 +25,7 @@ from sftd.schemas import ManifestFile
 from sftd_server.artifacts.rights import held
 from sftd_server.artifacts.uploads import Uploads
 from sftd_server.disk import fsync, hash_of
-from sftd_server.errors import Invalid
+from sftd_server.errors import Invalid, Unavailable
 from sftd_server.server import Server
 from sftd_server.tables import CheckpointRow
 from sftd_server.workers.leases import Holder, StaleLease, fenced
@@ -41,23 +43,30 @@ class _Manifest(BaseModel):
 
 
 class Staged:
-    """A folder that is ready beside its place."""
+    """A folder that is ready beside its place. `is_placed`: it is in its place already."""
 
     def __init__(self, holder: Holder, target: Path) -> None:
         self.holder = holder
         self.target = target
-        self.stage = target.parent / f".stage-{target.name}-{holder.attempt}"
-        self.trash = target.parent / f".trash-{target.name}"
+        self.is_placed = False
+        own = f"{target.name}-{holder.attempt}-{secrets.token_hex(4)}"  # the same report may be under way elsewhere
+        self.stage = target.parent / f".stage-{own}"
+        self.trash = target.parent / f".trash-{own}"
 
     def put(self, session: Session) -> None:
         """Rename it into its place, where its attempt still has the lease; else whoever writes the row says so. Part of the
-        write: the row stays locked until that is done. It may be called again when the write is done anew."""
+        write: the row stays locked until that is done. It may be called again when the write is done anew. Raises
+        Unavailable where the stage is gone: nothing is recorded then."""
         try:
             fenced(session, self.holder)
         except StaleLease:
             return
-        if not self.stage.exists():
+        if self.is_placed:
             return
+        if not self.stage.exists():
+            raise Unavailable(
+                "What was uploaded could not be put in its place; say it again.", code="stage_gone"
+            )
         if self.target.exists():
             self.target.rename(self.trash)
         try:
@@ -66,6 +75,7 @@ class Staged:
             if self.trash.exists():
                 self.trash.rename(self.target)
             raise
+        self.is_placed = True
         fsync(self.target.parent)
 
     def clear(self) -> None:
@@ -133,8 +143,12 @@ async def _staged(
             await uploads.in_thread(stage)
             try:
                 yield staged.put
-            finally:
+            except asyncio.CancelledError:
+                raise  # of a server that stops: the write may still be done, and needs the stage; what is left is swept
+            except BaseException:
                 await uploads.in_thread(staged.clear)
+                raise
+            await uploads.in_thread(staged.clear)
         else:
             yield _nothing
         await uploads.in_thread(uploads.forget, job_id, set(hashes.values()))
@@ -161,7 +175,8 @@ def _stage_checkpoint(
     placed = staged.target / MANIFEST
     is_there = placed.is_file() and hash_of(placed) == report.manifest_sha256
     if is_there and _has_sizes(staged.target, report.files):
-        return  # the answer to the same report was lost
+        staged.is_placed = True  # the answer to the same report was lost
+        return
     manifest = uploads.blob(holder.job_id, report.manifest_sha256)
     if not manifest.is_file():
         raise _missing(MANIFEST, report.manifest_sha256)

@@ -80,7 +80,7 @@ def heartbeat(
     changes: dict[str, object] = deadlines(settings, now)
     if beat.step > row.step:
         changes["step"] = beat.step
-    if beat.base_sha256 is not None and row.inputs.get("base_sha256") is None:
+    if beat.base_sha256 is not None and row.inputs.get("base_sha256") != beat.base_sha256:
         changes["inputs"] = {**row.inputs, "base_sha256": beat.base_sha256}
     session.exec(
         update(JobRow)
@@ -165,9 +165,9 @@ def make_good(session: Session, *, settings: Settings, now: datetime, jump: floa
     """The clock jumped: every lease has its full time, and what passed on the clock alone is charged to nobody."""
     note = Note("clock_jump", f"The server's clock jumped by {jump:.1f} s; the lease was extended.")
     extend_all(session, settings=settings, now=now, note=note)
-    if (
-        session.exec(select(ServerRow.id).where(ServerRow.id != server_id)).first() is None
-    ):  # else each would count it
+    since = now - timedelta(seconds=settings.lease_seconds + max(0.0, jump))
+    others = select(ServerRow.id).where(ServerRow.id != server_id, col(ServerRow.seen_at) > since)
+    if session.exec(others).first() is None:  # else each would count it
         lasting = col(AttemptRow.outcome).is_(None)
         jumped = col(AttemptRow.jumped_seconds) + jump
         session.exec(update(AttemptRow).where(lasting).values(jumped_seconds=jumped))

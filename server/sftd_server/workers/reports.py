@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
-import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import text
 from sqlmodel import Session, col, func, select, update
@@ -40,6 +39,7 @@ from sftd_server.tables import (
 )
 from sftd_server.workers.leases import Holder, attempt_of, fenced, keep_budget
 
+TOLD_OF_DIFFERENCES = 2  # a worker of an earlier protocol would take that for the end of its lease
 CHECKPOINTS = "checkpoints"  # topic: one was recorded
 
 
@@ -80,7 +80,7 @@ def metrics(session: Session, holder: Holder, batch: MetricsBatch, now: datetime
             fresh = fenced(session, holder)
             keep_budget(session, fresh, attempt_of(session, fresh), now)
 
-    return _append(session, holder, "metrics", batch.seq, batch.points, store)
+    return _append(session, holder, "metrics", batch, len(batch.points), store)
 
 
 def logs(session: Session, holder: Holder, batch: LogBatch, now: datetime) -> int:
@@ -96,7 +96,7 @@ def logs(session: Session, holder: Holder, batch: LogBatch, now: datetime) -> in
         session.execute(LogLineRow.__table__.insert(), lines)  # type: ignore[attr-defined]  # SQLModel hides the table
         touch(session, f"job:{row.id}")
 
-    return _append(session, holder, "logs", batch.seq, batch.lines, store)
+    return _append(session, holder, "logs", batch, len(batch.lines), store)
 
 
 def events(session: Session, holder: Holder, batch: EventBatch, now: datetime) -> int:
@@ -110,7 +110,7 @@ def events(session: Session, holder: Holder, batch: EventBatch, now: datetime) -
                 _evaluation(session, row, holder.attempt, _data(EvaluationData, event, i), now)
             add_event(session, row, Note(event.type, event.message, event.data), now)
 
-    return _append(session, holder, "events", batch.seq, batch.events, store)
+    return _append(session, holder, "events", batch, len(batch.events), store)
 
 
 def checkpoint(session: Session, holder: Holder, report: CheckpointReport, now: datetime) -> None:
@@ -161,8 +161,8 @@ def _append(
     session: Session,
     holder: Holder,
     kind: str,
-    seq: int,
-    items: Sequence[object],
+    batch: MetricsBatch | LogBatch | EventBatch,
+    num_items: int,
     store: Callable[[JobRow], None],
 ) -> int:
     """Take a batch exactly once: it must begin where the stream ends, or lie behind it entirely. Of the newest it is known
@@ -173,17 +173,21 @@ def _append(
         col(StreamRow.attempt) == holder.attempt,
         col(StreamRow.kind) == kind,
     )
-    after = seq + len(items)
-    sha256 = hashlib.sha256(pydantic_core.to_json(items)).hexdigest()
-    taken = {"next_seq": after, "last_seq": seq, "last_sha256": sha256} if items else {"next_seq": after}
+    seq, after = batch.seq, batch.seq + num_items
+    content = batch.model_dump_json(exclude={"attempt", "seq"}, exclude_defaults=True)
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    taken: dict[str, object] = {"next_seq": after}
+    if num_items:
+        taken |= {"last_seq": seq, "last_sha256": sha256}
     advanced = session.exec(update(StreamRow).where(*here, col(StreamRow.next_seq) == seq).values(**taken))
     if advanced.rowcount == 1:
-        if items:
+        if num_items:
             store(row)
         return after
     known = session.exec(select(StreamRow).where(*here)).one()
     expected = known.next_seq
-    if (seq, after) == (known.last_seq, expected) and sha256 != known.last_sha256:
+    differs = (seq, after) == (known.last_seq, expected) and sha256 != known.last_sha256
+    if differs and attempt_of(session, row).protocol >= TOLD_OF_DIFFERENCES:
         raise Conflict(
             f"The {kind} of this attempt with the numbers {seq} to {after - 1} are on record with another content.",
             code="batch_differs",

@@ -94,6 +94,7 @@ async def claim(request: Request, message: Claim, server: ServerDep, caller: Cal
         if server.stopping:
             raise Unavailable("The server is stopping; claim again in a moment.", code="stopping")
         server.disk.require_room()  # a job would only come to harm
+        await settle_clock(server)  # again: the call may have been held
         now = server.clock.now()
         work = functools.partial(
             claims.claim,
@@ -122,6 +123,7 @@ async def heartbeat(job_id: JobId, message: Heartbeat, token: Token, server: Ser
     holder = leases.holder(job_id, message.attempt, token)
 
     async def beat() -> tuple[Directive, int]:
+        await settle_clock(server)  # again: the call may have been held
         now = server.clock.now()
         work = functools.partial(
             leases.heartbeat, holder=holder, beat=message, settings=server.settings, now=now
@@ -173,7 +175,7 @@ async def checkpoints(job_id: JobId, message: CheckpointReport, token: Token, se
             put(session)
 
         await server.db.write(write)
-    return Ok()
+    return Ok(ok=True)
 
 
 @router.post("/jobs/{job_id}/finish", responses=error_responses(409, 413))
@@ -188,7 +190,7 @@ async def finish(job_id: JobId, message: Finish, token: Token, server: ServerDep
             endings.finish(session, holder, message, settings=server.settings, now=now)
 
         await server.db.write(write)
-    return Ok()
+    return Ok(ok=True)
 
 
 @router.post("/jobs/{job_id}/release", responses=error_responses(409, 413))
@@ -199,7 +201,7 @@ async def release(job_id: JobId, message: Release, token: Token, server: ServerD
     await server.db.write(
         lambda session: endings.release(session, holder, message, settings=server.settings, now=now)
     )
-    return Ok()
+    return Ok(ok=True)
 
 
 def _check_protocol(message: Hello | Claim, server: Server) -> None:

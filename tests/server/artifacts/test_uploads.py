@@ -4,7 +4,9 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import time
+from concurrent.futures import CancelledError
 
 import pytest
 
@@ -12,7 +14,8 @@ from sftd.protocol import CheckpointReport, Finish
 from sftd.schemas import ManifestFile
 from sftd_server.artifacts import placing
 from sftd_server.artifacts.placing import checkpoint_to_place, result_to_place
-from sftd_server.workers import leases
+from sftd_server.errors import Unavailable
+from sftd_server.workers import endings, leases
 
 SEVERAL_SERVERS = pytest.mark.parametrize("database", ["postgres"], indirect=True, scope="module")
 
@@ -379,6 +382,37 @@ def test_a_write_that_fails_behind_the_rename_is_made_good_by_the_next_report(bo
     assert report(lease, 5, CONTENT).status_code == 200
     assert box.admin.get(f"/jobs/{lease.job_id}/checkpoints/5/files/copy.json").content == b"{}"
     assert uploads(box, lease) == []
+
+
+def test_nothing_is_recorded_where_the_stage_is_gone(box) -> None:
+    lease = box.running()
+    send(lease, b"result")
+    holder = leases.holder(lease.job_id, lease.attempt, lease.token)
+    files = files_of({"a.txt": b"result"})
+    word = Finish(attempt=lease.attempt, state="succeeded", files=files, uploaded=True)
+
+    async def finish(*, cancelled: bool) -> None:
+        async with result_to_place(box.server, holder, word) as put:
+            stage = next((box.server.folder.path / "jobs" / lease.job_id).glob(".stage-*"))
+            if cancelled:
+                raise asyncio.CancelledError  # of a server that stops
+            shutil.rmtree(stage)
+
+            def write(session) -> None:
+                put(session)
+                endings.finish(session, holder, word, settings=box.server.settings, now=box.clock.now())
+
+            await box.server.db.write(write)
+
+    with pytest.raises(Unavailable):
+        box.run(finish(cancelled=False))
+    assert box.state(lease.job_id) == "running"
+    with pytest.raises(CancelledError):
+        box.run(finish(cancelled=True))
+    assert len(list((box.server.folder.path / "jobs" / lease.job_id).glob(".stage-*"))) == 1
+
+    assert lease.finish(files=files, uploaded=True).status_code == 200
+    assert box.admin.get(f"/jobs/{lease.job_id}/result/files/a.txt").content == b"result"
 
 
 @SEVERAL_SERVERS

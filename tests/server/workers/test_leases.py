@@ -1,5 +1,9 @@
 """Keeping and losing a lease: expiry, the grace after a start, clock jumps, stale writes."""
 
+import threading
+import time
+
+import httpx
 import pytest
 from sqlmodel import select
 
@@ -150,6 +154,25 @@ def test_what_passes_on_the_clock_alone_is_charged_to_nobody(box) -> None:
     assert box.job(job_id)["run_seconds"] == 120
     attempt = box.admin.get(f"/jobs/{job_id}/attempts").json()["data"][0]
     assert attempt["gpu_seconds"] == 120
+
+
+def test_a_claim_that_was_held_over_a_jump_is_charged_rightly(box) -> None:
+    box.register()
+    answers: list[httpx.Response] = []
+    waiting = threading.Thread(target=lambda: answers.append(box.try_claim(wait_seconds=20)))
+    waiting.start()
+    while "queue" not in box.server.db._signals:
+        time.sleep(0.01)
+    time.sleep(0.2)  # until it has looked in vain: nothing outside tells
+    box.clock.jump(-3600)
+    job_id = box.submit()
+    waiting.join()
+
+    box.reap()
+    box.clock.advance(10)
+
+    assert answers[0].status_code == 200
+    assert box.job(job_id)["run_seconds"] == 10
 
 
 def test_a_box_that_slept_for_days_forgets_no_worker(box, assert_error) -> None:
