@@ -1,6 +1,6 @@
 """`sftd up`: a server and a worker on this machine, as child processes that end with this one, however it ends.
 
-A worker that crashes is started again; a server that dies ends everything. SIGTERM, Ctrl-C or a terminal that closes
+Either is started again when it dies; a server that does not come up at first ends everything. SIGTERM, Ctrl-C or a terminal that closes
 stops the worker first (it saves a checkpoint and gives its job back), then the server; a second one hurries; a third
 kills.
 """
@@ -26,7 +26,8 @@ START_SECONDS = 60.0
 SERVER_STOP_SECONDS = 15.0
 ORPHAN_STOP_SECONDS = 10.0  # for a worker whose server is gone
 FIRST_RESTART_SECONDS, MOST_RESTART_SECONDS = 1.0, 60.0
-STEADY_SECONDS = 60.0  # a worker that ran so long starts again at once when it crashes
+STEADY_SECONDS = 60.0  # what ran so long starts again at once when it dies
+LOOK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -88,29 +89,74 @@ class _Child:
         on_exit()
 
 
+class _Kept:
+    """A child that is started again when it ends, sooner or later: the later, the oftener it happens."""
+
+    def __init__(self, name: str, start: Callable[[], _Child], say: Callable[[str], None]) -> None:
+        self.child: _Child | None = None
+        self._name = name
+        self._start = start
+        self._say = say
+        self._pause_seconds = FIRST_RESTART_SECONDS
+        self._start_at = time.monotonic()
+
+    @property
+    def running(self) -> bool:
+        return self.child is not None and self.child.running
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.child is not None:
+            self.child.signal(number)
+
+    def keep(self) -> float:
+        """See whether it runs, and start it when it is time. Returns in how many seconds to look again."""
+        if self.child is not None and not self.child.running:
+            if time.monotonic() - self.child.started_at > STEADY_SECONDS:
+                self._pause_seconds = FIRST_RESTART_SECONDS
+            pause = self._pause_seconds
+            self._pause_seconds = min(MOST_RESTART_SECONDS, 2 * pause)
+            self._say(
+                f"The {self._name} ended (exit code {self.child.returncode}); starting it again in {pause:g} s."
+            )
+            self._start_at = time.monotonic() + pause
+            self.child = None
+        if self.child is None and time.monotonic() >= self._start_at:
+            self.child = self._start()
+        return LOOK_SECONDS if self.child is not None else max(0.05, self._start_at - time.monotonic())
+
+
 class _Supervisor:
     def __init__(self, box: Box, say: Callable[[str], None]) -> None:
         self._box = box
         self._tell = say
         self._rings: queue.SimpleQueue[None] = queue.SimpleQueue()  # safe to put to from a signal handler
         self._num_stops = 0
-        self._restart_seconds = FIRST_RESTART_SECONDS
-        self._worker: _Child | None = None
+        self._server = _Kept("server", self._start_server, self._say)
+        self._worker = _Kept("worker", self._start_worker, self._say)
 
     def run(self) -> int:
         signal.signal(signal.SIGTERM, self._on_stop)
         signal.signal(signal.SIGINT, self._on_stop)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup means: go on without the terminal
             signal.signal(signal.SIGHUP, self._on_stop)
-        server = self._start("sftd_server.app", SFTD_HOST=self._box.host, SFTD_PORT=str(self._box.port))
-        if self._await_health(server):
+        self._server.keep()
+        if self._await_health():
             self._greet()
-            self._keep_going(server)
-        if not self._num_stops:
-            self._say(f"The server ended by itself (exit code {server.returncode}); stopping.")
-        self._stop_worker(server)
-        self._stop_server(server)
+            self._keep_going()
+        elif not self._num_stops:
+            child = self._server.child
+            self._say(
+                f"The server did not start (exit code {child.returncode if child else None}); stopping."
+            )
+        self._stop_worker()
+        self._stop_server()
         return 0 if self._num_stops else 1
+
+    def _start_server(self) -> _Child:
+        return self._start("sftd_server.app", SFTD_HOST=self._box.host, SFTD_PORT=str(self._box.port))
+
+    def _start_worker(self) -> _Child:
+        return self._start("sftd_worker.agent", SFTD_SERVER_URL=self._box.url)
 
     def _start(self, module: str, **environment: str) -> _Child:
         environment["SFTD_DATA"] = str(self._box.data)
@@ -118,18 +164,18 @@ class _Supervisor:
             environment["SFTD_MODEL_ROOTS"] = str(self._box.models)
         return _Child(module, environment, lambda: self._rings.put(None))
 
-    def _await_health(self, server: _Child) -> bool:
+    def _await_health(self) -> bool:
         """Wait until the server answers. False: it ended, or this process was told to stop."""
         transport = Transport(self._box.url, None)
         deadline = time.monotonic() + START_SECONDS
         try:
-            while server.running and not self._num_stops and time.monotonic() < deadline:
+            while self._server.running and not self._num_stops and time.monotonic() < deadline:
                 try:
                     transport.request("GET", "/healthz", timeout_seconds=2, max_retries=0)
                 except SftdError:
                     self._wait(0.1)
                 else:
-                    return server.running
+                    return self._server.running
         finally:
             transport.close()
         return False
@@ -141,32 +187,21 @@ class _Supervisor:
         )
         self._say("Try: sftd submit lora.yaml --follow")
 
-    def _keep_going(self, server: _Child) -> None:
-        restart_at = time.monotonic()
-        while server.running and not self._num_stops:
-            if self._box.worker and self._worker is None and time.monotonic() >= restart_at:
-                self._worker = self._start("sftd_worker.agent", SFTD_SERVER_URL=self._box.url)
-            elif self._worker is not None and not self._worker.running:
-                restart_at = self._plan_restart(self._worker)
-                self._worker = None
-            self._wait(min(5.0, max(0.05, restart_at - time.monotonic())) if self._worker is None else 5.0)
+    def _keep_going(self) -> None:
+        while not self._num_stops:
+            next_look = self._server.keep()
+            if self._box.worker:
+                next_look = min(next_look, self._worker.keep())
+            self._wait(next_look)
 
-    def _plan_restart(self, worker: _Child) -> float:
-        if time.monotonic() - worker.started_at > STEADY_SECONDS:
-            self._restart_seconds = FIRST_RESTART_SECONDS
-        pause = self._restart_seconds
-        self._restart_seconds = min(MOST_RESTART_SECONDS, 2 * pause)
-        self._say(f"The worker ended (exit code {worker.returncode}); starting it again in {pause:g} s.")
-        return time.monotonic() + pause
-
-    def _stop_worker(self, server: _Child) -> None:
-        if self._worker is None:
+    def _stop_worker(self) -> None:
+        if not self._worker.running:
             return
         self._say("Stopping the worker: a running job saves a checkpoint and goes back to the queue.")
         num_told = 0
         orphan_since: float | None = None
         while self._worker.running:
-            if not server.running:
+            if not self._server.running:
                 orphan_since = orphan_since or time.monotonic()
             late = orphan_since is not None and time.monotonic() - orphan_since > ORPHAN_STOP_SECONDS
             wanted = 3 if late or self._num_stops > 2 else max(1, self._num_stops)
@@ -175,13 +210,12 @@ class _Supervisor:
                 num_told = wanted
             self._wait(0.5)
 
-    def _stop_server(self, server: _Child) -> None:
-        if server.running:
-            server.signal(signal.SIGTERM)
+    def _stop_server(self) -> None:
+        self._server.signal(signal.SIGTERM)
         deadline = time.monotonic() + SERVER_STOP_SECONDS
-        while server.running:
+        while self._server.running:
             if time.monotonic() > deadline or self._num_stops > 2:
-                server.signal(signal.SIGKILL)
+                self._server.signal(signal.SIGKILL)
             self._wait(0.5)
 
     def _on_stop(self, number: int, frame: object) -> None:

@@ -121,14 +121,24 @@ def test_a_crashed_worker_is_started_again(up: Up) -> None:
     assert "The worker ended (exit code -9); starting it again in 1 s." in up.log()
 
 
-def test_when_the_server_dies_everything_ends_with_one(up: Up) -> None:
-    worker = up.child("sftd_worker.agent")
+def test_a_killed_server_is_started_again_and_its_worker_goes_on(up: Up) -> None:
+    server, worker = up.child("sftd_server.app"), up.child("sftd_worker.agent")
 
-    up.child("sftd_server.app").kill()
+    server.kill()
+    up.until(lambda: up.log().count("listens on") == 2)
 
-    assert up.process.wait(20) == 1
-    assert not worker.is_running()
-    assert "The server ended by itself (exit code -9)" in up.log()
+    assert up.child("sftd_server.app").pid != server.pid
+    assert up.child("sftd_worker.agent").pid == worker.pid
+    assert "The server ended (exit code -9); starting it again in 1 s." in up.log()
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(20) == 0
+
+
+def test_a_server_that_does_not_come_up_ends_it_with_one(tmp_path: Path) -> None:
+    up = Up(tmp_path, "--host", "203.0.113.7")  # not an address of this machine
+
+    assert up.process.wait(30) == 1
+    assert "The server did not start (exit code" in up.log()
 
 
 def test_a_taken_port_is_said(tmp_path: Path, up: Up) -> None:
