@@ -190,7 +190,7 @@ class AttemptRow(SQLModel, table=True):
     )  # -1: from scratch; metrics after it are this attempt's
     started_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
     gpus: int = Field(default=1, sa_type=Int64)
-    jumped_seconds: float = 0.0  # by which the server's clock jumped while it lasted: nobody's time
+    uncounted_seconds: float = 0.0  # of it: the server's clock jumped, or its worker was gone
     protocol: int = Field(default=1, sa_type=Int64)  # what its worker speaks
     reason: str | None = None  # why it failed, was paused or given back
     message: str | None = None

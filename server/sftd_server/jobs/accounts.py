@@ -51,11 +51,19 @@ def live_attempt(session: Session, row: JobRow, *, lock: bool = False) -> Attemp
 
 
 def held_seconds(attempt: AttemptRow | None, now: datetime) -> float:
-    """How long an attempt has lasted; not what the server's clock jumped by meanwhile."""
+    """How long an attempt has lasted; not what the server's clock jumped by, and not after its worker had vanished."""
     if attempt is None:
         return 0.0
     lasted = (attempt.ended_at or now) - attempt.claimed_at
-    return max(0.0, lasted.total_seconds() - attempt.jumped_seconds)
+    return max(0.0, lasted.total_seconds() - attempt.uncounted_seconds)
+
+
+def count_until(session: Session, attempt: AttemptRow, heard_at: datetime, now: datetime) -> None:
+    """Its worker has vanished: what passed since that was heard of last is nobody's time."""
+    counted = min(held_seconds(attempt, now), max(0.0, (heard_at - attempt.claimed_at).total_seconds()))
+    here = (col(AttemptRow.job) == attempt.job, col(AttemptRow.attempt) == attempt.attempt)
+    uncounted = (now - attempt.claimed_at).total_seconds() - counted
+    session.exec(update(AttemptRow).where(*here).values(uncounted_seconds=uncounted))
 
 
 def end_attempt(session: Session, row: JobRow, ended: Ending, *, half_life_seconds: float) -> None:

@@ -8,12 +8,14 @@ from sftd.protocol import Finish, Release
 from sftd.schemas import FailureReason, JobState, Want
 from sftd_server.db import touch
 from sftd_server.errors import Conflict
+from sftd_server.jobs import accounts
 from sftd_server.jobs.accounts import is_newest_attempt
 from sftd_server.jobs.queries import whole_checkpoints
 from sftd_server.jobs.service import Note, move
 from sftd_server.jobs.states import LEASED, Trigger
 from sftd_server.settings import Settings
 from sftd_server.tables import AttemptRow, JobRow, LogLineRow
+from sftd_server.workers import registry
 from sftd_server.workers.leases import Holder, StaleLease, backoff, fenced
 from sftd_server.workers.space import held
 from sftd_server.workers.stalls import stalls_with_this
@@ -211,6 +213,10 @@ def _lose(
     wait: bool = True,  # before the job runs again
 ) -> None:
     """A worker has vanished. The count starts again where a newer checkpoint shows that the job gets on."""
+    attempt = accounts.live_attempt(session, row, lock=True)
+    heard_at = registry.heard_at(session, attempt) if attempt is not None else None
+    if attempt is not None and heard_at is not None:
+        accounts.count_until(session, attempt, heard_at, now)
     newest = max((found.step for found in whole_checkpoints(session, row.number)), default=-1)
     lost_count = 1 if newest > row.lost_step else row.lost_count + 1
     too_often = lost_count >= settings.max_lost

@@ -169,8 +169,8 @@ def make_good(session: Session, *, settings: Settings, now: datetime, jump: floa
     others = select(ServerRow.id).where(ServerRow.id != server_id, col(ServerRow.seen_at) > since)
     if session.exec(others).first() is None:  # else each would count it
         lasting = col(AttemptRow.outcome).is_(None)
-        jumped = col(AttemptRow.jumped_seconds) + jump
-        session.exec(update(AttemptRow).where(lasting).values(jumped_seconds=jumped))
+        jumped = col(AttemptRow.uncounted_seconds) + jump
+        session.exec(update(AttemptRow).where(lasting).values(uncounted_seconds=jumped))
 
 
 def extend_all(session: Session, *, settings: Settings, now: datetime, note: Note | None = None) -> int:

@@ -59,6 +59,12 @@ def seen(session: Session, attempt: AttemptRow, now: datetime, disk_free_bytes: 
     session.exec(update(WorkerRow).where(*here).values(**values))
 
 
+def heard_at(session: Session, attempt: AttemptRow) -> datetime | None:
+    """When the worker of an attempt was heard of last, if that is known."""
+    here = (WorkerRow.id == attempt.worker_id, WorkerRow.boot_id == attempt.boot_id)
+    return session.exec(select(WorkerRow.seen_at).where(*here)).first()
+
+
 def is_draining(session: Session, attempt: AttemptRow) -> bool:
     """Whether the worker of an attempt shall give its jobs back and take no new ones."""
     here = (WorkerRow.id == attempt.worker_id, WorkerRow.boot_id == attempt.boot_id)

@@ -156,6 +156,25 @@ def test_what_passes_on_the_clock_alone_is_charged_to_nobody(box) -> None:
     assert attempt["gpu_seconds"] == 120
 
 
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_lost_attempt_is_charged_until_its_worker_was_heard_of(box, restarted: bool) -> None:
+    job_id = box.submit(max_seconds=3600)
+    lease = box.claim()
+    lease.start()
+    box.clock.advance(100)
+    lease.start()
+    box.clock.advance(8 * 3600)  # the box was off
+
+    if restarted:
+        box.register(boot_id="b2", replaces_boot_id="b1")
+    else:
+        box.reap()
+
+    job = box.job(job_id)
+    assert (job["state"], job["run_seconds"], job["gpu_seconds"]) == ("queued", 100, 100)
+    assert box.admin.get(f"/jobs/{job_id}/attempts").json()["data"][0]["gpu_seconds"] == 100
+
+
 def test_a_claim_that_was_held_over_a_jump_is_charged_rightly(box) -> None:
     box.register()
     answers: list[httpx.Response] = []

@@ -36,7 +36,7 @@ _NEW_COLUMNS: dict[str, list[sa.Column[Any]]] = {
     "attempt": [
         sa.Column("started_at", sa.DateTime(), nullable=True),
         sa.Column("gpus", INT64, nullable=False, server_default="1"),
-        sa.Column("jumped_seconds", sa.Float(), nullable=False, server_default="0"),
+        sa.Column("uncounted_seconds", sa.Float(), nullable=False, server_default="0"),
         sa.Column("protocol", INT64, nullable=False, server_default="1"),
         sa.Column("reason", sa.String(), nullable=True),
         sa.Column("message", sa.String(), nullable=True),
