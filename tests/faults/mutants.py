@@ -8,12 +8,13 @@ quietly becomes a healthy server.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from sqlmodel import Session, col, select, update
 
+from sftd.protocol import EventBatch, LogBatch, MetricsBatch
 from sftd_server import app
 from sftd_server.jobs.service import Note
 from sftd_server.jobs.states import Trigger
@@ -45,19 +46,19 @@ def sequence() -> None:
         session: Session,
         holder: leases.Holder,
         kind: str,
-        seq: int,
-        items: Sequence[object],
+        batch: MetricsBatch | LogBatch | EventBatch,
+        num_items: int,
         store: Callable[[JobRow], None],
     ) -> int:
         row = leases.fenced(session, holder)
-        after = seq + len(items)
+        after = batch.seq + num_items
         session.exec(
             update(StreamRow)
             .where(col(StreamRow.job) == row.number, col(StreamRow.attempt) == holder.attempt)
             .where(col(StreamRow.kind) == kind)
             .values(next_seq=after)
         )
-        if items:
+        if num_items:
             store(row)
         return after
 
