@@ -150,9 +150,8 @@ class Heartbeat(Message):
     seen_make_room: bool = False
     seen_draining: bool = False
     base_sha256: Sha256 | None = None  # of a base model in a folder of the worker, once it is known
-    disk_free_bytes: int | None = Field(
-        None, ge=0, lt=2**63
-    )  # as in Claim, which a busy worker does not send
+    # As in Claim, which a busy worker does not send.
+    disk_free_bytes: int | None = Field(None, ge=0, lt=2**63)
 
 
 class Directive(Reply):
@@ -364,9 +363,8 @@ class EndLine(Message):
     reason: FailureReason | None = None
     message: str | None = None
     files: dict[ArtifactPath, ManifestFile] = {}
-    full_path: str | None = (
-        None  # with `disk_full`: what was written when there was no room, where that is known
-    )
+    # With `disk_full`: what was written when there was no room, where that is known.
+    full_path: str | None = None
 
 
 TrainerLine = Annotated[

@@ -215,18 +215,10 @@ def _same_model(folder: Path, lease: Lease, check: Check) -> str:
     return found
 
 
-_READ_OF_MODELS = {
-    ".safetensors",
-    ".json",
-    ".model",
-    ".txt",
-    ".jinja",
-    ".tiktoken",
-    ".py",
-}  # not cards and licences
-_hashes: dict[
-    Path, tuple[tuple[int, ...], str]
-] = {}  # of weights, by size, times and inode: they seldom change
+# What loading a model may read; not cards and licences.
+_READ_OF_MODELS = {".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken", ".py"}
+# By size, times and inode: weights seldom change.
+_hashes: dict[Path, tuple[tuple[int, ...], str]] = {}
 
 
 def _folder_sha256(folder: Path, check: Check) -> str:

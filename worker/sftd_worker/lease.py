@@ -60,9 +60,8 @@ class LeaseKeeper:
         self.heard = False  # the server has confirmed the lease
         self.base_sha256: str | None = None  # of the base model, for the server to keep
         self.step = 0  # the newest step, set by the shipper, told to the server
-        self.disk_free_bytes: int | None = (
-            None  # where checkpoints are written, set by the attempt, told to the server
-        )
+        # Where checkpoints are written, set by the attempt, told to the server.
+        self.disk_free_bytes: int | None = None
         self._transport = transport
         self._refused_means_down = refused_means_down
         # Held answers must leave room for several tries before the fence.

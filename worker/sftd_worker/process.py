@@ -94,17 +94,15 @@ class Trainer:
         self.order = Order.RUN
         self.deadline: float | None = None  # monotonic; when patience with the order ends
         self.returncode: int | None = None
-        self._lock = (
-            threading.Lock()
-        )  # of orders, and of its burial: none goes to whoever has its number next
+        # Of orders, and of its burial: none goes to whoever has its number next.
+        self._lock = threading.Lock()
         self._output = folder / OUTPUT_FILE
         self._watch = threading.Thread(target=self._await_exit, name="trainer-exit", daemon=True)
         try:
             self._start(argv, attempt, environment, lock_fds, on_started, warm=None if cold else warm)
             self._watch.start()
-        except (
-            BaseException
-        ):  # no thread is to be had, or its output cannot be closed: nobody would hear of its end
+        except BaseException:
+            # No thread is to be had, or its output cannot be closed: nobody would hear of its end.
             if self._process is not None:
                 family.send(self.pid, signal.SIGKILL)
                 self._await_exit()

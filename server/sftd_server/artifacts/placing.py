@@ -171,7 +171,6 @@ def _may_place(session: Session, holder: Holder, report: CheckpointReport) -> bo
 def _stage_checkpoint(
     uploads: Uploads, holder: Holder, report: CheckpointReport, hashes: dict[str, str], staged: Staged
 ) -> None:
-    staged.clear()
     placed = staged.target / MANIFEST
     is_there = placed.is_file() and hash_of(placed) == report.manifest_sha256
     if is_there and _has_sizes(staged.target, report.files):
@@ -211,7 +210,6 @@ def _stage(
         expected = files[name].bytes if name in files else None
         if not blob.is_file() or expected not in (None, blob.stat().st_size):
             raise _missing(name, sha256)
-    staged.clear()
     parent, stage = staged.target.parent, staged.stage
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name, sha256 in hashes.items():

@@ -302,6 +302,18 @@ def test_a_stale_worker_does_not_touch_what_the_next_attempt_laid_down(box, asse
     assert path.read_bytes() == b"of the second"
 
 
+def report_of(lease, step: int, content: dict[str, bytes]) -> CheckpointReport:
+    """What a worker says of a checkpoint that it has sent."""
+    return CheckpointReport(
+        attempt=lease.attempt,
+        step=step,
+        name=f"checkpoint-{step}",
+        manifest_sha256=sha(manifest_of(step, content)),
+        files=files_of(content),
+        uploaded=True,
+    )
+
+
 def test_a_lease_that_ends_while_its_checkpoint_is_staged_leaves_the_recorded_one_alone(box) -> None:
     first = box.running()
     sent_checkpoint(first, 5, {"a.txt": b"on record"})
@@ -312,14 +324,7 @@ def test_a_lease_that_ends_while_its_checkpoint_is_staged_leaves_the_recorded_on
     content = {"a.txt": b"of a stale attempt"}
     sent_checkpoint(stale, 5, content)
     holder = leases.holder(stale.job_id, stale.attempt, stale.token)
-    message = CheckpointReport(
-        attempt=stale.attempt,
-        step=5,
-        name="checkpoint-5",
-        manifest_sha256=sha(manifest_of(5, content)),
-        files=files_of(content),
-        uploaded=True,
-    )
+    message = report_of(stale, 5, content)
 
     async def late() -> None:
         async with checkpoint_to_place(box.server, holder, message) as put:
@@ -356,14 +361,7 @@ def test_a_write_that_fails_behind_the_rename_is_made_good_by_the_next_report(bo
     lease = box.running()
     sent_checkpoint(lease, 5)
     holder = leases.holder(lease.job_id, lease.attempt, lease.token)
-    message = CheckpointReport(
-        attempt=1,
-        step=5,
-        name="checkpoint-5",
-        manifest_sha256=sha(manifest_of(5, CONTENT)),
-        files=files_of(CONTENT),
-        uploaded=True,
-    )
+    message = report_of(lease, 5, CONTENT)
 
     async def crash() -> None:
         async with checkpoint_to_place(box.server, holder, message) as put:
