@@ -47,6 +47,7 @@ class Run:
     long: bool = False
     figures: dict[str, Any] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)  # bounds on speed
     worlds: list[World] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -81,6 +82,12 @@ class Run:
         if not holds:
             self.violations.append(what)
 
+    def within(self, seconds: float, bound: float, what: str) -> None:
+        """Note where something was slower than the machine would allow: said, and a violation only of a strict run."""
+        bound *= self.patience
+        if seconds > bound:
+            self.missed.append(f"{what} took {seconds:.3g} s, {bound:.3g} s are the bound")
+
     def settle(self, world: World, **options: Any) -> None:
         """Stop the workers, kill the server once more, and check what is found after its start."""
         world.stop_workers()
@@ -89,7 +96,9 @@ class Run:
         self.check(world, **options)
 
 
-def play(line: Line, nursery: Nursery, folder: Path, *, seed: int, long: bool) -> dict[str, Any]:
+def play(
+    line: Line, nursery: Nursery, folder: Path, *, seed: int, long: bool, strict: bool
+) -> dict[str, Any]:
     """Run a line; the figures that it prints. `ok` says whether it is as it should be."""
     run = Run(nursery, folder, seed, long)
     begun = time.monotonic()
@@ -109,6 +118,8 @@ def play(line: Line, nursery: Nursery, folder: Path, *, seed: int, long: bool) -
         return {**told, "ok": True, "skipped": skipped}
     kills: Counter[str] = sum((world.kills for world in run.worlds), Counter())
     fenced = sum(world.num_fenced for world in run.worlds)
+    if strict:
+        run.violations += run.missed
     if line.must_fence and not fenced:
         run.violations.append("no call was fenced: this run has proved nothing")
     told |= {
@@ -119,6 +130,7 @@ def play(line: Line, nursery: Nursery, folder: Path, *, seed: int, long: bool) -
         "fenced": fenced,
         "lost_answers": sum(world.network.num_lost_answers for world in run.worlds),
         **run.figures,
+        **({"missed": run.missed} if run.missed else {}),
         "violations": len(run.violations),
         "seconds": round(time.monotonic() - begun, 1),
     }
