@@ -74,17 +74,16 @@ class Gate:
                 Unavailable("The server is stopping; try again.", code="stopping"), scope, body, answer
             )
         except Exception as error:
-            if is_database_away(
-                error
-            ):  # the writer tells of it, and a traceback a request would drown the rest
-                log.warning("request %s: the database cannot be reached", answer.request_id)
-            else:
+            fault = _fault(error, answer.request_id)
+            if isinstance(fault, InternalError):
                 log.exception("request %s: %s %r", answer.request_id, scope["method"], scope["path"])
+            else:  # a full disk, or no database: a traceback for each request would drown the rest
+                log.warning("request %s: %s", answer.request_id, error)
             if isinstance(error, OSError) and is_disk_full(error):
                 await asyncio.to_thread(self._server.disk.look)
             if answer.started:
                 raise  # the connection breaks off, so that half an answer is not taken for a whole one
-            await self._refuse(_fault(error, answer.request_id), scope, body, answer)
+            await self._refuse(fault, scope, body, answer)
 
     async def _serve(self, scope: Scope, body: "_Body", answer: "_Answer") -> None:
         headers = Headers(scope=scope)

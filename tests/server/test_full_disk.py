@@ -15,12 +15,12 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.disks import MIB, fill
 
 from sftd import Client
 from sftd_server.ballast import needs_room
 
 WORKER = Path(__file__).parents[1] / "worker"
-MIB = 1024**2
 # Twice the 1,000 pages that the log may take before it is folded: the database may have to grow by as many.
 BALLAST, RESERVE = 8 * MIB, 12 * MIB
 
@@ -37,15 +37,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"needs a small tmpfs, and may not mount one here: {mount.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(disk: Path) -> None:
-    """To the last byte."""
-    with contextlib.suppress(OSError), (disk / "filler").open("ab", buffering=0) as file:
-        for size in (MIB, 4096, 1):
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(b"x" * size)
 
 
 def until(ready: Callable[[], Any], seconds: float) -> float:

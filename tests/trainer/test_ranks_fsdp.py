@@ -356,6 +356,7 @@ from pathlib import Path
 import torch
 
 from sftd_worker.trainer.sharding import load_in_shares, run_passes
+from sftd_worker.trainer.run import end_process
 from sftd_worker.trainer.world import join_world, leave_world
 
 
@@ -414,6 +415,7 @@ after = torch.stack([p.grad.full_tensor().norm() for p in net.parameters() if p.
 assert abs(float(after) - 1.0) < 1e-5
 Path(sys.argv[1], f"{world.rank}.done").touch()
 leave_world(world)
+end_process(0)
 '''
 
 

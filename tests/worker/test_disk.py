@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.disks import MIB, fill
 from tests.worker.conftest import HERE, Box
 
 from sftd.protocol import CheckpointLine, EventLine
@@ -28,8 +29,6 @@ from sftd_worker.disk import (
 
 if TYPE_CHECKING:
     from conftest import FakeServer, WorkerProcess
-
-MIB = 2**20
 
 
 @contextmanager
@@ -54,18 +53,6 @@ def small_disk(folder: Path, mib: int) -> Iterator[Path]:
 def disk(tmp_path: Path) -> Iterator[Path]:
     with small_disk(tmp_path / "disk", 16) as folder:
         yield folder
-
-
-def fill(disk: Path, *, leaving: int) -> Path:
-    """Leave only so many bytes free."""
-    path = disk / "filler"
-    with path.open("ab") as file:
-        free = free_bytes(disk)
-        assert free is not None
-        left = free - leaving
-        while left > 0:
-            left -= file.write(b"x" * min(left, MIB))
-    return path
 
 
 # ---------------------------------------------------------------- looking
@@ -284,7 +271,7 @@ def test_a_disk_that_is_full_elsewhere_fails_the_job_by_name(
     end: str, disk: Path, server: "FakeServer", worker: "WorkerProcess"
 ) -> None:
     """Of temporary files, say. There is room where the jobs lie: no server would ever see more of it."""
-    fill(disk, leaving=0)
+    fill(disk)
     script = {"steps": 9, "at": 2, "end": "full_words" if end == "words" else "full"}
     if end == "path":
         script["full_path"] = str(disk / "tmp" / "file")
@@ -308,12 +295,12 @@ def test_where_the_full_disk_is_decides_what_becomes_of_a_job(disk: Path, tmp_pa
     assert isinstance(found(tmp_path / "a", tmp_path / "jobs"), Hold)  # a quota, say
     assert isinstance(found(disk / "x", disk / "jobs"), Hold)
     assert isinstance(found(None, disk, reserve=20 * MIB), Hold)
-    fill(disk, leaving=0)
+    fill(disk)
     assert isinstance(found(None, disk), Hold)
 
 
 def test_a_write_that_finds_no_room_names_its_file(disk: Path) -> None:
-    fill(disk, leaving=0)
+    fill(disk)
 
     with pytest.raises(OSError, match="No space left") as error, naming(disk / "file"):
         (disk / "file").write_bytes(b"x" * MIB)
@@ -325,7 +312,7 @@ def test_a_write_that_finds_no_room_names_its_file(disk: Path) -> None:
 def test_a_job_that_comes_to_a_full_disk_is_put_aside_before_it_begins(
     small: Path, server: "FakeServer", worker: "WorkerProcess"
 ) -> None:
-    fill(small, leaving=0)
+    fill(small)
     server.post_job()
     worker.start({"steps": 3}, disk_reserve_bytes=MIB)
 

@@ -8,10 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.disks import MIB, fill
 from tests.faults.line import Line, NotPossible, Run
 from tests.faults.world import World
-
-MIB = 2**20
 
 
 def full_disk(line: Run) -> None:
@@ -27,14 +26,13 @@ def full_disk(line: Run) -> None:
         recoveries, statuses = [], set()
         for _ in range(line.times(2, 10)):
             time.sleep(1.5)
-            filler = small / "filler"
-            fill(filler)
+            filler = fill(small)
             until = time.monotonic() + 3
             while time.monotonic() < until:
                 statuses.add(
                     world.client.post("/jobs", json=world.plan(steps=1).spec | {"max_steps": 3}).status_code
                 )
-                fill(filler)  # what was freed meanwhile
+                fill(small)  # what was freed meanwhile
                 time.sleep(0.1)
             filler.unlink()
             recoveries.append(_seconds_until_taken(world))
@@ -58,18 +56,6 @@ def _seconds_until_taken(world: World) -> float:
     world.submit(plan)
     world.wait(lambda: world.state(plan) not in ("queued",), "a job to be taken after the disk was full")
     return time.monotonic() - begun
-
-
-def fill(path: Path) -> None:
-    """Leave no byte free on the path's disk."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    try:
-        for size in (MIB, 4096):
-            with contextlib.suppress(OSError):
-                while True:
-                    os.write(handle, b"\0" * size)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
