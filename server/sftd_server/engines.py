@@ -125,6 +125,7 @@ def _sqlite(url: URL, *, query_only: bool) -> Engine:
     """Its connections begin transactions themselves: IMMEDIATE to write, so that none fails midway."""
     engine = create_engine(
         url,
+        hide_parameters=True,  # what users sent is not for the server's log
         poolclass=QueuePool,
         pool_size=NUM_READERS if query_only else 1,
         max_overflow=0,
@@ -152,6 +153,7 @@ def _sqlite(url: URL, *, query_only: bool) -> Engine:
 def _postgres(url: URL, *, query_only: bool) -> Engine:
     engine = create_engine(
         url,
+        hide_parameters=True,  # what users sent is not for the server's log
         poolclass=QueuePool,
         pool_size=NUM_READERS if query_only else 1,
         max_overflow=0,
