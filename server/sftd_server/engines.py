@@ -121,16 +121,21 @@ def _sqlite_failure(error: DBAPIError) -> Failure | None:
     return Failure.BUSY if "database is locked" in said else None
 
 
-def _sqlite(url: URL, *, query_only: bool) -> Engine:
-    """Its connections begin transactions themselves: IMMEDIATE to write, so that none fails midway."""
-    engine = create_engine(
+def _pooled(url: URL, query_only: bool, **options: Any) -> Engine:
+    """One connection that writes, or a few that read."""
+    return create_engine(
         url,
         hide_parameters=True,  # what users sent is not for the server's log
         poolclass=QueuePool,
         pool_size=NUM_READERS if query_only else 1,
         max_overflow=0,
-        connect_args={"check_same_thread": False, "timeout": 30},
+        **options,
     )
+
+
+def _sqlite(url: URL, *, query_only: bool) -> Engine:
+    """Its connections begin transactions themselves: IMMEDIATE to write, so that none fails midway."""
+    engine = _pooled(url, query_only, connect_args={"check_same_thread": False, "timeout": 30})
 
     @event.listens_for(engine, "connect")
     def on_connect(connection: Any, record: Any) -> None:  # sqlite3.Connection, and SQLAlchemy's own record
@@ -151,12 +156,9 @@ def _sqlite(url: URL, *, query_only: bool) -> Engine:
 
 
 def _postgres(url: URL, *, query_only: bool) -> Engine:
-    engine = create_engine(
+    engine = _pooled(
         url,
-        hide_parameters=True,  # what users sent is not for the server's log
-        poolclass=QueuePool,
-        pool_size=NUM_READERS if query_only else 1,
-        max_overflow=0,
+        query_only,
         pool_timeout=CONNECT_SECONDS,
         pool_pre_ping=True,  # a connection that the database has closed meanwhile is made anew, not handed out
         connect_args={"connect_timeout": CONNECT_SECONDS, "application_name": "sftd", **_KEEPALIVE},

@@ -78,7 +78,7 @@ class Gate:
             if isinstance(fault, InternalError):
                 log.exception("request %s: %s %r", answer.request_id, scope["method"], scope["path"])
             else:  # a full disk, or no database: a traceback for each request would drown the rest
-                log.warning("request %s: %s", answer.request_id, error)
+                log.warning("request %s: %r", answer.request_id, getattr(error, "orig", error))
             if isinstance(error, OSError) and is_disk_full(error):
                 await asyncio.to_thread(self._server.disk.look)
             if answer.started:

@@ -93,7 +93,9 @@ def test_a_stop_finishes_what_is_queued_and_refuses_the_rest(db: Database, tmp_p
 
 
 @pytest.mark.sqlite
-def test_a_full_disk_fails_the_write_says_so_and_is_over_when_there_is_room(box, assert_error) -> None:
+def test_a_full_disk_fails_the_write_says_so_and_is_over_when_there_is_room(
+    box, assert_error, caplog
+) -> None:
     lease = box.running()
     lease.post("logs", seq=0, lines=["before"])
 
@@ -108,6 +110,12 @@ def test_a_full_disk_fails_the_write_says_so_and_is_over_when_there_is_room(box,
     assert full.headers["retry-after"]
     assert [line["text"] for line in box.admin.get(f"/jobs/{lease.job_id}/logs").json()["data"]] == ["before"]
     assert lease.post("logs", seq=1, lines=["x" * 8000] * 30).json() == {"next_seq": 31}
+    # One line a request, or the log of a full disk fills another one; and not what users sent.
+    told = [record for record in caplog.records if full.headers["x-request-id"] in record.getMessage()]
+    assert [(record.levelname, record.exc_info, "\n" in record.getMessage()) for record in told] == [
+        ("WARNING", None, False)
+    ]
+    assert "x" * 8 not in caplog.text
 
 
 @pytest.mark.sqlite

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.disks import MIB, fill
+from tests.disks import MIB, fill, small_disk
 
 from sftd import Client
 from sftd_server.ballast import needs_room
@@ -26,17 +26,9 @@ BALLAST, RESERVE = 8 * MIB, 12 * MIB
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 40 MiB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mount.returncode:
-        pytest.skip(f"needs a small tmpfs, and may not mount one here: {mount.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", 40) as folder:
+        yield folder
 
 
 def until(ready: Callable[[], Any], seconds: float) -> float:
@@ -120,19 +112,19 @@ def is_whole(database: Path) -> bool:
 
 
 def test_a_disk_that_fills_while_a_worker_reports_loses_nothing_and_is_left_alone(
-    small_disk: Path, make_box_at, assert_error
+    disk: Path, make_box_at, assert_error
 ) -> None:
-    box = make_box_at(small_disk / "data")
+    box = make_box_at(disk / "data")
     doomed, unused = box.submit(priority=-5), box.upload(b'{"text": "a"}\n')
     lease = box.running()
-    ballast = small_disk / "data" / "ballast"
+    ballast = disk / "data" / "ballast"
     until(lambda: ballast.exists() and ballast.stat().st_size == BALLAST, 5)
     reporter = Reporter(lease)
     reporter.start()
     until(lambda: reporter.acknowledged["metrics"] > 1000, 10)
     assert not box.server.disk.low
 
-    fill(small_disk)
+    fill(disk)
     until(lambda: 507 in reporter.statuses, 15)
     until(lambda: box.server.disk.low, 5)
 
@@ -155,7 +147,7 @@ def test_a_disk_that_fills_while_a_worker_reports_loses_nothing_and_is_left_alon
         assert int(refused.headers["retry-after"]) <= 5
 
     held = dict(reporter.acknowledged)
-    (small_disk / "filler").unlink()
+    (disk / "filler").unlink()
     took = until(lambda: reporter.acknowledged["metrics"] > held["metrics"], 15)
     assert took < 10
     until(lambda: ballast.exists() and ballast.stat().st_size == BALLAST, 10 - took)
@@ -169,25 +161,25 @@ def test_a_disk_that_fills_while_a_worker_reports_loses_nothing_and_is_left_alon
     assert steps == list(range(reporter.acknowledged["metrics"]))
     assert lines == [str(number) for number in range(reporter.acknowledged["logs"])]
     box.stop()
-    assert is_whole(small_disk / "data" / "sftd.db")
+    assert is_whole(disk / "data" / "sftd.db")
 
 
-def test_the_ballast_is_given_up_for_what_must_be_written(small_disk: Path, make_box_at) -> None:
+def test_the_ballast_is_given_up_for_what_must_be_written(disk: Path, make_box_at) -> None:
     """Without a reserve nobody looks ahead: SQLite itself runs into the end of the disk, in the midst of reports."""
-    box = make_box_at(small_disk / "data", disk_reserve_bytes=0)
+    box = make_box_at(disk / "data", disk_reserve_bytes=0)
     lease = box.running()
-    ballast = small_disk / "data" / "ballast"
+    ballast = disk / "data" / "ballast"
     until(lambda: ballast.exists() and ballast.stat().st_size == BALLAST, 5)
     reporter = Reporter(lease)
     reporter.start()
 
-    fill(small_disk)
+    fill(disk)
     until(lambda: 507 in reporter.statuses, 15)
     assert box.server.disk.num_spent == 1
     assert not ballast.exists()
     beats_before = len(reporter.beats)
     until(lambda: len(reporter.beats) > beats_before + 60, 20)
-    (small_disk / "filler").unlink()
+    (disk / "filler").unlink()
     until(ballast.exists, 10)
     until(lambda: reporter.statuses[-1] == 200, 10)
     reporter.stop()
@@ -197,17 +189,17 @@ def test_the_ballast_is_given_up_for_what_must_be_written(small_disk: Path, make
     assert steps == list(range(reporter.acknowledged["metrics"]))
 
 
-def test_a_server_starts_and_stops_on_a_full_disk(small_disk: Path, make_box_at) -> None:
-    box = make_box_at(small_disk / "data")
+def test_a_server_starts_and_stops_on_a_full_disk(disk: Path, make_box_at) -> None:
+    box = make_box_at(disk / "data")
     lease = box.running()
     lease.post("logs", seq=0, lines=["x" * 1000] * 100)
-    ballast = small_disk / "data" / "ballast"
+    ballast = disk / "data" / "ballast"
     until(lambda: ballast.exists() and ballast.stat().st_size == BALLAST, 5)
-    fill(small_disk)
+    fill(disk)
     until(lambda: box.server.disk.low, 5)
     box.stop()
 
-    again = make_box_at(small_disk / "data")
+    again = make_box_at(disk / "data")
     assert again.server.disk.low
     assert len(all_of(again.admin, f"/jobs/{lease.job_id}/logs")) == 100
     lease.worker = again.worker
@@ -215,19 +207,19 @@ def test_a_server_starts_and_stops_on_a_full_disk(small_disk: Path, make_box_at)
     assert lease.finish("failed", message="no room").status_code == 200
     assert again.state(lease.job_id) == "failed"
     again.stop()
-    assert is_whole(small_disk / "data" / "sftd.db")
+    assert is_whole(disk / "data" / "sftd.db")
 
 
 def test_an_upload_that_does_not_fit_is_refused_before_and_while_it_comes(
-    small_disk: Path, make_box_at, assert_error
+    disk: Path, make_box_at, assert_error
 ) -> None:
-    box = make_box_at(small_disk / "data")
-    until(lambda: (small_disk / "data" / "ballast").exists(), 5)
+    box = make_box_at(disk / "data")
+    until(lambda: (disk / "data" / "ballast").exists(), 5)
     row = b'{"text": "' + b"x" * 1000 + b'"}\n'
     large = row * (60 * MIB // len(row))
 
     assert_error(box.admin.post("/files", files={"file": ("rows", large)}), 507, "disk_full")
-    assert not list((small_disk / "data" / "tmp").iterdir())
+    assert not list((disk / "data" / "tmp").iterdir())
 
     def pieces() -> Iterator[bytes]:  # of a length that is not announced
         yield b'--b\r\ncontent-disposition: form-data; name="file"; filename="rows"\r\n\r\n'
@@ -237,7 +229,7 @@ def test_an_upload_that_does_not_fit_is_refused_before_and_while_it_comes(
 
     headers = {"content-type": "multipart/form-data; boundary=b"}
     assert_error(box.admin.post("/files", content=pieces(), headers=headers), 507, "disk_full")
-    assert not list((small_disk / "data" / "tmp").glob("upload-*"))
+    assert not list((disk / "data" / "tmp").glob("upload-*"))
     until(lambda: box.admin.post("/files", files={"file": ("rows", row)}).status_code == 200, 10)
 
 
@@ -259,9 +251,7 @@ def make_box_at(stopping) -> Iterator[Callable[[Path], Any]]:
 # ---------------------------------------------------------------- with a real worker
 
 
-def test_a_real_worker_trains_on_through_a_full_disk_of_the_database(
-    small_disk: Path, tmp_path: Path
-) -> None:
+def test_a_real_worker_trains_on_through_a_full_disk_of_the_database(disk: Path, tmp_path: Path) -> None:
     """Server, worker and trainer as processes; the database alone lies on the disk that is filled."""
     data, script = tmp_path / "data", tmp_path / "script.json"
     script.write_text(
@@ -272,7 +262,7 @@ def test_a_real_worker_trains_on_through_a_full_disk_of_the_database(
         **clean,
         "SFTD_DATA": str(data),
         "SFTD_PORT": "0",
-        "SFTD_DATABASE_URL": f"sqlite:///{small_disk}/sftd.db",
+        "SFTD_DATABASE_URL": f"sqlite:///{disk}/sftd.db",
         "SFTD_LEASE_SECONDS": "4",
         "SFTD_REAP_SECONDS": "0.2",
         "SFTD_BALLAST_BYTES": str(BALLAST),
@@ -307,12 +297,12 @@ def test_a_real_worker_trains_on_through_a_full_disk_of_the_database(
         job_id = client.jobs.create(base_model="org/model", training_file=client.files.upload(rows).id).id
         until(lambda: len(list(client.jobs.metrics(job_id))) > 20, 20)
 
-        fill(small_disk)
+        fill(disk)
         spool = data / "jobs" / job_id / "logs/events.jsonl"
         until(lambda: '"step": 390' in spool.read_text(), 30)  # longer than a lease
         told = len(list(client.jobs.metrics(job_id)))
         assert told < 390, "the server took reports although the disk was full"
-        (small_disk / "filler").unlink()
+        (disk / "filler").unlink()
         job = client.jobs.wait(job_id, timeout_seconds=10)
 
         assert job.attempt == 1
@@ -323,7 +313,7 @@ def test_a_real_worker_trains_on_through_a_full_disk_of_the_database(
         assert "lease_expired" not in types
         server.terminate()
         assert server.wait(10) == 0
-        assert is_whole(small_disk / "sftd.db")
+        assert is_whole(disk / "sftd.db")
     finally:
         for process in processes:
             process.kill()

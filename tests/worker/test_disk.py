@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.disks import MIB, fill
+from tests.disks import MIB, fill, small_disk
 from tests.worker.conftest import HERE, Box
 
 from sftd.protocol import CheckpointLine, EventLine
@@ -29,24 +27,6 @@ from sftd_worker.disk import (
 
 if TYPE_CHECKING:
     from conftest import FakeServer, WorkerProcess
-
-
-@contextmanager
-def small_disk(folder: Path, mib: int) -> Iterator[Path]:
-    """A disk of its own, mounted at `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "sftd-test", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture

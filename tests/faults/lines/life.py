@@ -182,7 +182,7 @@ def comes_back(line: Run) -> None:
         world.wait(lambda attempt=attempt: _runs(world, attempt + 1), "the job to run again", pause=0.02)  # type: ignore[misc]  # bound now
         waits.append(time.monotonic() - begun)
     line.figures["back_after_seconds_max"] = round(max(waits), 2)
-    line.within(max(waits), 5, "the job's way back")
+    line.require(max(waits) < 5 * line.patience, f"the job ran again after {max(waits):.1f} s")
     world.wait(world.all_over, "the job to end")
     line.settle(world)
 

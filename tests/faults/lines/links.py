@@ -78,7 +78,7 @@ def slow(line: Run) -> None:
     for plan in (far_job, near_job):
         line.require(world.job(plan)["attempt"] == 1, "a lease was lost though the worker was alive")
     line.figures |= {"idle_connections": idle.count, "slowest_answer_seconds": round(slowest, 2)}
-    line.within(slowest, 3, "an answer beside idle connections")
+    line.require(slowest < 3 * line.patience, f"an answer took {slowest:.1f} s beside idle connections")
     line.settle(world)
 
 
