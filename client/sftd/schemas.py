@@ -186,10 +186,12 @@ class File(Answer):
     purpose: str
     bytes: int
     sha256: str
-    status: str
+    status: str = Field(description="uploaded (its rows are being checked), processed, or error.")
+    status_details: str | None = Field(None, description="What is wrong with its rows, a line each.")
     format: str | None = Field(description="messages, prompt_completion, instruction, sharegpt or text.")
     num_rows: int | None
     created_at: datetime
+    expires_at: datetime | None = Field(None, description="When it is deleted by itself.")
 
 
 class Event(Answer):
@@ -335,6 +337,11 @@ class Key(Answer):
     role: Literal["admin", "user", "worker"]
     created_at: datetime
     expires_at: datetime | None
+    max_running_jobs: int | None = Field(None, description="Jobs of this key that may run at once.")
+    max_queued_jobs: int | None = Field(None, description="Jobs of this key that may wait.")
+    max_gpu_hours_per_month: float | None = Field(
+        None, description="GPU-hours of a calendar month (UTC); then no job of this key is posted or started."
+    )
 
 
 class NewKey(Key):
@@ -350,6 +357,24 @@ class KeyRequest(BaseModel):
     name: str = Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")
     role: Literal["admin", "user", "worker"] = "user"
     expires_in_seconds: int | None = Field(None, ge=1, le=10 * 365 * 86400)
+    max_running_jobs: int | None = Field(None, ge=1, le=10**6)
+    max_queued_jobs: int | None = Field(None, ge=1, le=10**6)
+    max_gpu_hours_per_month: float | None = Field(None, gt=0, le=10**9, allow_inf_nan=False)
+
+
+class AuditEntry(Answer):
+    """A change that was made: who, what, when, from where."""
+
+    id: int
+    created_at: datetime
+    key_id: str | None = Field(description="None for what the server did by itself.")
+    key_name: str | None
+    role: str | None
+    action: str = Field(description="job.create, job.cancel, file.delete, key.create, …")
+    target: str | None = Field(description="Id of what was changed.")
+    address: str | None
+    request_id: str | None
+    details: dict[str, Any]  # differs by action
 
 
 class Page(Answer, Generic[T]):

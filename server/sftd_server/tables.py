@@ -52,6 +52,9 @@ class KeyRow(SQLModel, table=True):
     secret_sha256: str = Field(unique=True)
     created_at: datetime = Field(sa_type=UtcDateTime)
     expires_at: datetime | None = Field(sa_type=UtcDateTime)
+    max_running_jobs: int | None = Field(default=None, sa_type=Int64)  # None: as many as there are slots
+    max_queued_jobs: int | None = Field(default=None, sa_type=Int64)
+    max_gpu_hours_per_month: float | None = None
 
 
 class FileRow(SQLModel, table=True):
@@ -66,10 +69,12 @@ class FileRow(SQLModel, table=True):
     purpose: str
     bytes: int = Field(sa_type=Int64)
     sha256: str = Field(index=True)
-    status: str
+    status: str  # uploaded, processed or error
     format: str | None
     num_rows: int | None = Field(sa_type=Int64)
     created_at: datetime = Field(sa_type=UtcDateTime)
+    status_details: str | None = None  # what is wrong with its rows
+    expires_at: datetime | None = Field(default=None, sa_type=UtcDateTime)
 
 
 class JobRow(SQLModel, table=True):
@@ -92,6 +97,7 @@ class JobRow(SQLModel, table=True):
         UniqueConstraint("owner", "idempotency_key"),
         Index("job_lease_until", "lease_until"),
         Index("job_queue", "state", "priority", "queue_rank", "number"),
+        Index("job_owner_body", "owner", "body_sha256"),
         {"sqlite_autoincrement": True},
     )
 
@@ -118,6 +124,8 @@ class JobRow(SQLModel, table=True):
     clone_of: str | None = None
     seed_job: int | None = Field(default=None, sa_type=Int64)  # begin from this job's checkpoint
     seed_checkpoint: str | None = None  # and this one of it
+    suffix: str | None = None  # part of the name of what it makes
+    checking_files: bool = False  # not to be claimed before its files have been checked
 
     # Budgets, and what has been used of them by attempts that have ended.
     max_seconds: float | None = None
@@ -164,6 +172,9 @@ class JobRow(SQLModel, table=True):
     failure_message: str | None = None
     log_tail: list[str] = Field(default=[], sa_type=JSON)
     result: dict[str, Any] | None = Field(default=None, sa_type=JSON)  # the result's manifest
+    result_deleted_at: datetime | None = Field(
+        default=None, sa_type=UtcDateTime
+    )  # somebody deleted the model
 
 
 class AttemptRow(SQLModel, table=True):
@@ -413,3 +424,97 @@ class StoredRow(SQLModel, table=True):
     sha256: str = Field(primary_key=True)
     bytes: int = Field(sa_type=Int64)
     created_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class GoneRow(SQLModel, table=True):
+    """A job or file that was deleted: lists go on after it all the same."""
+
+    __tablename__ = "gone"
+
+    id: str = Field(primary_key=True)
+    number: int = Field(sa_type=Int64)
+    deleted_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class UploadRow(SQLModel, table=True):
+    """A file that comes in parts."""
+
+    __tablename__ = "upload"
+
+    id: str = Field(primary_key=True)
+    owner: str
+    filename: str
+    purpose: str
+    bytes: int = Field(sa_type=Int64)  # what was announced
+    mime_type: str
+    status: str  # pending, completed, cancelled or expired
+    file_lifetime_seconds: int | None = Field(default=None, sa_type=Int64)  # of the file that it becomes
+    file_id: str | None = None
+    created_at: datetime = Field(sa_type=UtcDateTime)
+    expires_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class UploadPartRow(SQLModel, table=True):
+    """A part of an upload, whole on disk."""
+
+    __tablename__ = "upload_part"
+    __table_args__ = (
+        ForeignKeyConstraint(["upload"], ["upload.id"], ondelete="CASCADE"),
+        Index("upload_part_upload", "upload"),
+    )
+
+    id: str = Field(primary_key=True)
+    upload: str
+    bytes: int = Field(sa_type=Int64)
+    sha256: str
+    created_at: datetime = Field(sa_type=UtcDateTime)
+
+
+class GpuMonthRow(SQLModel, table=True):
+    """GPU-seconds that an owner's attempts, ended in a month (`2030-01`, UTC), have used. It outlives the jobs."""
+
+    __tablename__ = "gpu_month"
+
+    owner: str = Field(primary_key=True)
+    month: str = Field(primary_key=True)
+    gpu_seconds: float
+
+
+class AuditRow(SQLModel, table=True):
+    """A change: who, what, when, from where."""
+
+    __tablename__ = "audit"
+    __table_args__ = {"sqlite_autoincrement": True}  # SQLAlchemy's own form
+
+    number: int | None = Field(default=None, primary_key=True, sa_type=Int64)
+    created_at: datetime = Field(sa_type=UtcDateTime)
+    key_id: str | None
+    key_name: str | None
+    role: str | None
+    action: str  # job.create, key.delete, …
+    target: str | None  # the id of what was changed
+    address: str | None
+    request_id: str | None
+    details: dict[str, Any] = Field(default={}, sa_type=JSON)
+
+
+class AnalysisRow(SQLModel, table=True):
+    """Data that a worker counts with a model's tokenizer, for plans and previews. `id` is a hash of what is asked."""
+
+    __tablename__ = "analysis"
+    __table_args__ = (
+        CheckConstraint("state in ('wanted','claimed','done','failed')", name="analysis_state"),
+        Index("analysis_queue", "state", "created_at"),
+    )
+
+    id: str = Field(primary_key=True)
+    request: dict[str, Any] = Field(sa_type=JSON)
+    state: str = "wanted"
+    worker_id: str | None = None
+    token_sha256: str | None = None
+    lease_until: datetime | None = Field(default=None, sa_type=UtcDateTime)
+    tries: int = Field(default=0, sa_type=Int64)
+    result: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    error: str | None = None
+    created_at: datetime = Field(sa_type=UtcDateTime)
+    used_at: datetime = Field(sa_type=UtcDateTime)
