@@ -113,6 +113,7 @@ class PackingPlan(Answer):
     micro_batches_per_step: float
     mean_tokens: float = Field(description="Of a micro-batch.")
     max_tokens: int = Field(description="Of the largest micro-batch: it decides on the memory.")
+    fill: float = Field(description="Tokens of the micro-batches among the most that they may hold, 0 to 1.")
     efficiency: float = Field(description="Tokens of rows among all positions that are computed, 0 to 1.")
     padded_efficiency: float = Field(description="The same without packing.")
 
@@ -207,3 +208,11 @@ class Plan(Answer):
     memory: list[MemoryPlan]
     disk: DiskPlan | None
     time: TimePlan | None
+
+
+class RowPreview(Answer):
+    """Rows of a file as a model would see them."""
+
+    object: Literal["row_preview"] = "row_preview"
+    data: list[RenderedRow]
+    problems: list[PlanProblem] = Field(description="Why a row that was asked for cannot be shown.")

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
 
+from sftd.footprint import ModelFacts
+from sftd.plan import DataPlan, Overlap, PackingPlan, PlanProblem, RenderedRow, StepsPlan
 from sftd.schemas import FailureReason, ManifestFile, Want
 from sftd.spec import JobSpec
 
@@ -19,6 +21,7 @@ MAX_EVENTS = 500  # events in one batch
 MAX_LOG_LINES = 5000  # log lines in one batch
 MAX_LOG_BYTES = 256 * 1024  # body of one log batch
 MAX_LINE_CHARS = 8192  # a longer log line is cut and marked
+MAX_PLAN_PROBLEMS = 1000  # told in one plan; the rest is counted
 MAX_METRIC_NAMES = 1000  # distinct metric names in one job
 PIECE_BYTES = 8 * 1024 * 1024  # of a blob, in one PUT; within the server's limit on a worker's body
 
@@ -371,3 +374,77 @@ TrainerLine = Annotated[
     StepLine | LogTextLine | EventLine | CheckpointLine | EndLine, Field(discriminator="type")
 ]
 TRAINER_LINE: TypeAdapter[TrainerLine] = TypeAdapter(TrainerLine)
+
+
+# ---------------------------------------------------------------- counting data for plans and previews
+
+
+ANALYSIS_FILE = "analysis.json"  # in the folder of an analysis; written by the agent: an AnalysisJob
+ANALYSIS_RESULT_FILE = "analysis_result.json"  # written by the process that counts: an Analysis
+
+
+class AnalysisRequest(Reply):
+    """What is to be counted. `spec` holds only what decides on it; `lines` asks for rows to be rendered, and nothing else."""
+
+    spec: JobSpec
+    training_file: InputFile
+    validation_file: InputFile | None = None
+    base: BaseRef | None = None
+    lines: list[int] | None = Field(None, max_length=100)
+
+
+class AnalysisClaim(Message):
+    """`POST /worker/analyses/claim`: give me data to count. Held open up to `wait_seconds`; 204 when there is none."""
+
+    worker_id: Identifier
+    boot_id: Identifier
+    wait_seconds: float = Field(25, ge=0, le=60)
+
+
+class AnalysisTask(Reply):
+    """Data to count, until `lease_seconds` have passed."""
+
+    id: str
+    token: str
+    lease_seconds: float
+    request: AnalysisRequest
+
+
+class AnalysisJob(Message):
+    """`analysis.json`: all that the process that counts is told. Paths are absolute."""
+
+    request: AnalysisRequest
+    model_path: str
+    adapter_path: str | None = None
+    training_path: str
+    validation_path: str | None = None
+    cache_dir: str
+    trust_remote_code: bool = False
+    local_files_only: bool = False
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+
+
+class Analysis(Message):
+    """What was counted. A part that could not be counted is None; `problems` say why."""
+
+    problems: list[PlanProblem] = Field(max_length=MAX_PLAN_PROBLEMS)
+    num_problems: int = Field(ge=0)
+    training: DataPlan | None = None
+    validation: DataPlan | None = None
+    overlap: Overlap | None = None
+    packing: PackingPlan | None = None
+    steps: StepsPlan | None = None
+    model: ModelFacts | None = None
+    precision: Literal["bf16", "fp32"] = "fp32"  # what `auto` comes to on this worker
+    largest_tokens: int = 0  # of a micro-batch
+    largest_supervised: int = 0
+    longest_row: int = 0
+    rows: list[RenderedRow] = []
+
+
+class AnalysisReport(Message):
+    """`POST /worker/analyses/{id}/finish`: what was counted, or why it could not be."""
+
+    analysis: Analysis | None = None
+    error: str | None = Field(None, max_length=4000)
+    may_retry: bool = False  # the worker was stopped: another may do it

@@ -10,6 +10,7 @@ import codecs
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,10 +109,12 @@ class _Reading:
     format: Format | None = None
     problems: list[RowProblem] = field(default_factory=list)
     num_problems: int = 0
+    max_problems: int = MAX_PROBLEMS
+    formats: Counter[str] = field(default_factory=Counter)  # rows by format, those that do not fit in as well
 
     def note(self, line: int, where: str, message: str) -> None:
         self.num_problems += 1
-        if len(self.problems) < MAX_PROBLEMS:
+        if len(self.problems) < self.max_problems:
             self.problems.append(RowProblem(line, where, message, self.unit))
 
 
@@ -134,9 +137,20 @@ def check_file(path: Path, *, name: str) -> FileSummary:
     return FileSummary(reading.format, num_rows)
 
 
-def read_rows(path: Path, *, name: str) -> Iterator[Row]:
-    """Yield the rows of a data file. Raises RowsInvalid at the end if any row was wrong: use none of them then."""
-    reading = _Reading(name)
+def read_rows(
+    path: Path,
+    *,
+    name: str,
+    max_problems: int = MAX_PROBLEMS,
+    formats: Counter[str] | None = None,
+) -> Iterator[Row]:
+    """Yield the rows of a data file. Raises RowsInvalid at the end if any row was wrong: use none of them then.
+
+    `formats` is added to: rows by format, those of another one than the first row's as well.
+    """
+    reading = _Reading(name, max_problems=max_problems)
+    if formats is not None:
+        reading.formats = formats
     yield from _read(path, reading)
     if reading.num_problems:
         raise RowsInvalid(name, reading.problems, reading.num_problems)
@@ -352,6 +366,7 @@ def _row(line: int, value: Any, reading: _Reading) -> Row:
     if not isinstance(value, dict):
         raise _Bad("row", f"is a {_type_name(value)}, not an object; {FORMATS_HELP}")
     form = _format_of(value)
+    reading.formats[form] += 1
     if reading.format is None:
         reading.format = form
     elif form != reading.format:

@@ -36,6 +36,7 @@ from sftd_server.gate import Gate
 from sftd_server.janitor import Janitor
 from sftd_server.jobs import removal
 from sftd_server.jobs import router as jobs_router
+from sftd_server.plans import router as plans_router
 from sftd_server.server import Server
 from sftd_server.settings import Settings, SettingsError, read_settings
 from sftd_server.upkeep import Upkeep
@@ -65,6 +66,8 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.server = server
+    app.include_router(plans_router.router)  # /jobs/plan before /jobs/{job_id}
+    app.include_router(plans_router.worker_router)
     app.add_middleware(Gate, server=server)
     install_error_handlers(app)
     for part in (jobs_router, files_router, workers_router, artifacts_router, keys, status, storage, docs):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 from sftd._transport import Transport
 from sftd.errors import SftdError
+from sftd_worker.analyst import Analyst
 from sftd_worker.claimer import Claimer
 from sftd_worker.crew import Crew
 from sftd_worker.family import adopt_orphans
@@ -103,6 +104,9 @@ def _work(worker: Worker, name: NameLock) -> None:
     """Claim and run, until told to stop or the server's no; then wait for what runs. Raises CannotWork."""
     crew = Crew(worker)
     claimer: Claimer | None = None
+    analyst = Analyst(worker)
+    if not worker.settings.own_data:  # data to count lies in the server's folder
+        analyst.start()
     registering = _Errand(worker, "register", lambda pause: register(worker, name, pause=pause))
     looking = _Errand(worker, "look", lambda pause: _look_for_lost(worker, pause))
     tidier = Tidier(worker, name)
@@ -136,6 +140,7 @@ def _work(worker: Worker, name: NameLock) -> None:
         worker.ring_all()
     if worker.stops.asked:
         log.info("stopping: no new jobs; what runs %s", _what_becomes(worker))
+    analyst.stop()
     if claimer is not None:
         claimer.give_back()
     for errand in (registering, looking):

@@ -67,7 +67,7 @@ class Prepared:
 
 def job_folder(data: Path, lease: Lease) -> Path:
     """The job's folder, made if it is not there."""
-    folder = _below(data, lease.folder)
+    folder = below(data, lease.folder)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -82,7 +82,7 @@ def prepare(
         _bring(lease, transfer, check)
     training = _verified_input(data, lease.training_file, check)
     validation = _verified_input(data, lease.validation_file, check) if lease.validation_file else None
-    model, adapter = _base_model(lease.spec.base_model, lease.base, settings)
+    model, adapter = base_paths(lease.spec.base_model, lease.base, settings)
     base_sha256 = _same_model(Path(model), lease, check) if _is_own_folder(model, data) else None
     resume_from, corrupt, notices = _checkpoint(lease, data, check, transfer)
     job = TrainerJob(
@@ -131,7 +131,7 @@ def _bring(lease: Lease, transfer: "Transfer", check: Check) -> None:
 
 
 def _verified_input(data: Path, file: InputFile, check: Check) -> Path:
-    path = _below(data, file.path)
+    path = below(data, file.path)
     try:
         size, sha256 = path.stat().st_size, _sha256(path, check)
     except OSError as error:
@@ -152,11 +152,11 @@ def _verified_input(data: Path, file: InputFile, check: Check) -> Path:
 # ---------------------------------------------------------------- base model
 
 
-def _base_model(name: str, base: BaseRef | None, settings: WorkerSettings) -> tuple[str, str | None]:
+def base_paths(name: str, base: BaseRef | None, settings: WorkerSettings) -> tuple[str, str | None]:
     """(model, adapter): folders or hub ids to load from."""
     if base is None:
         return _model(name, settings), None
-    path = _below(settings.data, base.path)
+    path = below(settings.data, base.path)
     if not path.is_dir():
         raise PrepareFailed(
             FailureReason.MODEL_NOT_FOUND,
@@ -167,7 +167,7 @@ def _base_model(name: str, base: BaseRef | None, settings: WorkerSettings) -> tu
     # What an adapter stands on may itself be the result of a job.
     below_jobs = base.base_model.startswith("jobs/") and (settings.data / base.base_model).is_dir()
     if below_jobs:
-        return str(_below(settings.data, base.base_model)), str(path)
+        return str(below(settings.data, base.base_model)), str(path)
     return _model(base.base_model, settings), str(path)
 
 
@@ -275,7 +275,7 @@ def _brought_checkpoint(
     lease: Lease, data: Path, ref: CheckpointRef, check: Check, transfer: "Transfer | None"
 ) -> Path:
     """A checkpoint that verifies, brought again if the one that is here does not. Raises ValueError or OSError."""
-    folder = _below(data, ref.folder or lease.folder)  # of the job that this one tries again, perhaps
+    folder = below(data, ref.folder or lease.folder)  # of the job that this one tries again, perhaps
     try:
         return _verified_checkpoint(folder, ref, check)
     except (OSError, ValueError):
@@ -308,7 +308,7 @@ def _verified_checkpoint(job: Path, ref: CheckpointRef, check: Check) -> Path:
 # ---------------------------------------------------------------- paths and hashes
 
 
-def _below(data: Path, relative: str) -> Path:
+def below(data: Path, relative: str) -> Path:
     path = (data / relative).resolve()
     if not path.is_relative_to(data.resolve()):
         raise PrepareFailed(

@@ -65,7 +65,7 @@ _SPEC = {
     "lora": {"rank": 16, "alpha": 32},
     "metadata": {"team": "q"},
 }
-_SPEC_BODY: dict[str, Any] = {  # OpenAPI: open by nature
+SPEC_BODY: dict[str, Any] = {  # OpenAPI: open by nature
     "requestBody": {
         "required": True,
         "content": {
@@ -133,7 +133,7 @@ _METADATA_NAME = re.compile(r"^metadata\[(.{1,64})\]$", re.DOTALL)
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=StrictRoute, responses=error_responses(404))
 
 
-@router.post("", openapi_extra=_SPEC_BODY, responses={**_POSTED, **error_responses(413)})
+@router.post("", openapi_extra=SPEC_BODY, responses={**_POSTED, **error_responses(413)})
 async def submit(
     request: Request,
     server: ServerDep,
@@ -148,7 +148,7 @@ async def submit(
     value = read_json(await request.body())
 
     def check(session: Session) -> Checked:
-        spec, inputs = submission.check(session, value, _sources(server))
+        spec, inputs = submission.check(session, value, sources_of(server))
         return spec, inputs, None
 
     return await _submit(server, caller, idempotency_key, value, check)
@@ -220,7 +220,7 @@ async def retry(
     no checkpoint, it begins anew. Its result is that of a run that was never interrupted.
     """
     request = message or RetryRequest()
-    sources = _sources(server)
+    sources = sources_of(server)
     asked = {"retry": job_id, **request.model_dump(by_alias=True)}
     return await _submit(
         server,
@@ -242,7 +242,7 @@ async def clone(
     """Post a job with the same spec but for the fields in the body: `{"learning_rate": 1e-4}`; null stands for a field's
     default. It is checked like any new job and linked by `clone_of`."""
     overrides = await _fields(request)
-    sources = _sources(server)
+    sources = sources_of(server)
     asked = {"clone": job_id, "overrides": overrides}
     return await _submit(
         server,
@@ -452,7 +452,7 @@ async def _job(server: Server, job_id: str) -> Job:
     return await server.db.read(lambda session: queries.job(session, job_id, context))
 
 
-def _sources(server: Server) -> submission.Sources:
+def sources_of(server: Server) -> submission.Sources:
     return submission.Sources(server.folder, server.settings.model_roots, has_store=server.store is not None)
 
 

@@ -44,10 +44,20 @@ class _Found:
         self.mistakes.append(Mistake(name, message))
 
 
-def check(session: Session, value: Any, sources: Sources) -> tuple[JobSpec, JobInputs]:  # value: any JSON
-    """The spec and its inputs. Raises Invalid with every mistake at once."""
+@dataclass(frozen=True)
+class Look:
+    """A posted spec, and what is wrong with it or with what it refers to."""
+
+    spec: JobSpec | None  # None: it is not valid
+    files: dict[str, InputFile]  # by field, as far as they were found
+    base: BaseRef | None
+    mistakes: list[Mistake]
+
+
+def look(session: Session, value: Any, sources: Sources) -> Look:  # value: any JSON
+    """The spec and what it refers to, as far as they can be made out."""
     if not isinstance(value, dict):
-        raise Invalid("body: must be a JSON object, the job spec", code="invalid_spec", param="body")
+        return Look(None, {}, None, [Mistake("body", "must be a JSON object, the job spec")])
     spec, mistakes = _parse(value)
     found = _Found()
     for name in ("training_file", "validation_file"):
@@ -60,14 +70,20 @@ def check(session: Session, value: Any, sources: Sources) -> tuple[JobSpec, JobI
         _find_base(session, found, base_model, value.get("method", "lora"), spec, sources)
     named = {mistake.field for mistake in mistakes}
     mistakes += [mistake for mistake in found.mistakes if mistake.field not in named]
-    if mistakes or spec is None:
-        raise Invalid.of(mistakes, code="invalid_spec")
+    return Look(spec, found.files, found.base, mistakes)
+
+
+def check(session: Session, value: Any, sources: Sources) -> tuple[JobSpec, JobInputs]:  # value: any JSON
+    """The spec and its inputs. Raises Invalid with every mistake at once."""
+    looked = look(session, value, sources)
+    if looked.mistakes or looked.spec is None:
+        raise Invalid.of(looked.mistakes, code="invalid_spec")
     inputs = JobInputs(
-        training_file=found.files["training_file"],
-        validation_file=found.files.get("validation_file"),
-        base=found.base,
+        training_file=looked.files["training_file"],
+        validation_file=looked.files.get("validation_file"),
+        base=looked.base,
     )
-    return spec, inputs
+    return looked.spec, inputs
 
 
 def _parse(value: dict[str, Any]) -> tuple[JobSpec | None, list[Mistake]]:

@@ -27,9 +27,13 @@ def main() -> None:
 
 
 def work(workdir: Path, signals: Signals) -> NoReturn:
-    """Read the folder's job and run it. Does not return."""
-    from sftd.protocol import TRAINER_JOB_FILE, TRAINER_STACKS_FILE, TrainerJob
+    """Read the folder's job and run it, or count what a plan asks for. Does not return."""
+    from sftd.protocol import ANALYSIS_FILE, TRAINER_JOB_FILE, TRAINER_STACKS_FILE, TrainerJob
 
+    if (workdir / ANALYSIS_FILE).exists():
+        from sftd_worker.trainer.analysis import analyse_and_end
+
+        analyse_and_end(workdir)
     show_stacks_on_signal(workdir / TRAINER_STACKS_FILE)
     from sftd_worker.trainer.imports import import_run
 

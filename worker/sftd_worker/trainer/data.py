@@ -9,8 +9,9 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from datasets.features import Features, Sequence, Value
 from sftd.rows import MAX_PROBLEMS, Row, RowProblem, RowsInvalid, is_test_translation, read_rows
 from sftd.schemas import FailureReason
 from sftd_worker.disk import naming
+from sftd_worker.trainer.checkpoint import hash_file
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.template import CannotRender, Rendered, Template, TrainOn
 
@@ -88,18 +90,66 @@ def tokenize_file(
 
     Raises RunFailed(bad_data) naming file, line, field and remedy of every bad row (the first twenty in full).
     """
-    cached = cache_dir / f"rows-{_cache_key(sha256, how)}.arrow"
-    with contextlib.suppress(OSError):
-        os.utime(cached)  # in use: what was used longest ago is deleted first
+    cached = _in_cache(cache_dir, sha256, how)
     if not cached.exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            _write_rows(unfinished, _token_rows(path, name=name, how=how, alive=alive))
+        problems = _Problems(name, MAX_PROBLEMS)
+        with _unfinished(cached) as unfinished:
+            _write_rows(
+                unfinished, _token_rows(path, how=how, problems=problems, alive=alive, wrong_too=False)
+            )
+            if problems.num_problems:
+                raise RunFailed(FailureReason.BAD_DATA, str(problems.as_error()))
             unfinished.rename(cached)
-        finally:
-            unfinished.unlink(missing_ok=True)
     return Dataset.from_file(str(cached))
+
+
+@dataclass(frozen=True)
+class LookedOver:
+    """A data file, counted: the rows that can be trained on, and all that is wrong with the others."""
+
+    table: Dataset
+    cached: Path  # of the table; what belongs to it lies beside it
+    formats: dict[str, int]  # rows by format
+    problems: list[RowProblem]
+    num_problems: int
+
+
+def look_over(
+    path: Path, *, sha256: str, name: str, how: Tokenizing, cache_dir: Path, max_problems: int
+) -> LookedOver:
+    """Tokenise a file as a run would, but go on past rows that are wrong, and tell all of them.
+
+    Of a file without mistakes the tokens are those that a run will find in the cache.
+    """
+    cached = _in_cache(cache_dir, sha256, how)
+    partial, told = cached.with_suffix(".partial.arrow"), cached.with_suffix(".problems.json")
+    if not cached.exists() and not told.exists():
+        if hash_file(path) != sha256:  # else a run would find tokens of another file under this one's name
+            raise RunFailed(FailureReason.BAD_DATA, f"{name}: is not what was uploaded; check the disk")
+        problems = _Problems(name, max_problems)
+        with _unfinished(cached) as unfinished:
+            _write_rows(unfinished, _token_rows(path, how=how, problems=problems, alive=lambda: None))
+            if not problems.num_problems:
+                unfinished.rename(cached)
+            else:
+                unfinished.rename(partial)
+                # Last: with it the other one is known to be whole.
+                with _unfinished(told) as written:
+                    written.write_text(json.dumps(asdict(problems)))
+                    written.rename(told)
+    if cached.exists():
+        table = Dataset.from_file(str(cached))
+        first = Counter[str]()
+        next(read_rows(path, name=name, formats=first))  # all are of its format
+        return LookedOver(table, cached, dict.fromkeys(first, len(table)), [], 0)
+    kept = json.loads(told.read_text())
+    return LookedOver(
+        table=Dataset.from_file(str(partial)),
+        cached=partial,
+        formats=kept["formats"],
+        problems=[RowProblem(**problem) for problem in kept["found"]],
+        num_problems=kept["num_problems"],
+    )
 
 
 def choose_rows(
@@ -116,12 +166,12 @@ def choose_rows(
     left_out: dict[str, int] = {}
     if skip_test_translation:
         translations = np.array(
-            [is_test_translation(task) for task in _column(table, "task_type")], dtype=bool
+            [is_test_translation(task) for task in column(table, "task_type")], dtype=bool
         )
         left_out["test-case translation"] = int((chosen & translations).sum())
         chosen &= ~translations
-    lengths = _column(table, "num_tokens").astype(np.int64)
-    supervised = _column(table, "num_supervised").astype(np.int64)
+    lengths = column(table, "num_tokens").astype(np.int64)
+    supervised = column(table, "num_supervised").astype(np.int64)
     overlong = np.flatnonzero(chosen & (lengths > max_seq_length))
     if len(overlong) and on_overlong == "error":
         raise _overlong(table, overlong, lengths, name, max_seq_length)
@@ -129,7 +179,7 @@ def choose_rows(
         chosen[overlong] = False
         left_out[f"longer than {max_seq_length} tokens"] = len(overlong)
     elif len(overlong):
-        supervised, emptied = _after_cut(table, overlong, supervised, max_seq_length)
+        supervised, emptied = after_cut(table, overlong, supervised, max_seq_length)
         chosen[emptied] = False
         left_out["nothing to learn from after the cut"] = len(emptied)
         left_out["(cut, not left out)"] = len(overlong) - len(emptied)
@@ -141,14 +191,14 @@ def choose_rows(
         lengths=np.minimum(lengths[indices], max_seq_length),
         num_supervised=supervised[indices],
         max_length=max_seq_length,
-        num_spelling=int((_column(table, "num_spelled")[indices] > 0).sum()),
+        num_spelling=int((column(table, "num_spelled")[indices] > 0).sum()),
         left_out={reason: count for reason, count in left_out.items() if count},
     )
 
 
 def split_by_hash(table: Dataset, share: float) -> tuple[np.ndarray, np.ndarray]:
     """(training, validation) as bool masks. A row's side depends on its content alone, so equal rows stay together."""
-    validation = _column(table, "split_key") < share
+    validation = column(table, "split_key") < share
     if validation.all() or not validation.any():
         side = "training" if validation.all() else "validation"
         raise RunFailed(
@@ -178,25 +228,67 @@ def show_mask(rows: TokenRows, tokenizer: Any, *, num_rows: int = 1, max_chars: 
 # ---------------------------------------------------------------- making the rows
 
 
-def _token_rows(
-    path: Path, *, name: str, how: Tokenizing, alive: Callable[[], None]
-) -> Iterator[dict[str, Any]]:
-    problems: list[RowProblem] = []
-    num_problems = 0
+@dataclass
+class _Problems:
+    """What is wrong with the rows of a file: the first of it in full, all of it counted."""
+
+    name: str
+    most: int
+    found: list[RowProblem] = field(default_factory=list)
+    num_problems: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+
+    def note(self, problem: RowProblem) -> None:
+        self.num_problems += 1
+        if len(self.found) < self.most:
+            self.found.append(problem)
+
+    def as_error(self) -> RowsInvalid:
+        return RowsInvalid(self.name, self.found, self.num_problems)
+
+
+def _in_cache(cache_dir: Path, sha256: str, how: Tokenizing) -> Path:
+    """Where the tokens of a file are kept."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    cached = cache_dir / f"rows-{_cache_key(sha256, how)}.arrow"
+    with contextlib.suppress(OSError):
+        os.utime(cached)  # in use: what was used longest ago is deleted first
+    return cached
+
+
+@contextlib.contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """A name to write under until the file is whole. What has not been renamed by then goes."""
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        rows = read_rows(path, name=name)
+        yield unfinished
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _token_rows(
+    path: Path,
+    *,
+    how: Tokenizing,
+    problems: _Problems,
+    alive: Callable[[], None],
+    wrong_too: bool = True,
+) -> Iterator[dict[str, Any]]:
+    """The rows that can be learned from. With `wrong_too` false none comes after the first mistake."""
+    try:
+        rows = read_rows(path, name=problems.name, max_problems=problems.most, formats=problems.formats)
         while chunk := list(islice(rows, _CHUNK_ROWS)):
             alive()
             for made in _tokenize_chunk(chunk, how):
                 if isinstance(made, RowProblem):
-                    num_problems += 1
-                    problems = [*problems, made][:MAX_PROBLEMS]
-                elif not num_problems:
+                    problems.note(made)
+                elif wrong_too or not problems.num_problems:
                     yield made
-    except RowsInvalid as error:
-        raise RunFailed(FailureReason.BAD_DATA, str(error)) from error
-    if num_problems:
-        raise RunFailed(FailureReason.BAD_DATA, str(RowsInvalid(name, problems, num_problems)))
+    except RowsInvalid as error:  # at the end: of the rows that could not even be read
+        if not wrong_too:
+            raise RunFailed(FailureReason.BAD_DATA, str(error)) from error
+        problems.num_problems += error.num_problems
+        problems.found = sorted([*problems.found, *error.problems], key=lambda p: p.line)[: problems.most]
 
 
 def _tokenize_chunk(chunk: list[Row], how: Tokenizing) -> Iterator[dict[str, Any] | RowProblem]:
@@ -321,7 +413,7 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     pa.ipc.open_stream(str(path)).schema  # noqa: B018  # a file that cannot be opened must not enter the cache
 
 
-def _column(table: Dataset, name: str) -> np.ndarray:
+def column(table: Dataset, name: str) -> np.ndarray:
     """A whole column of a table that no rows have been selected from."""
     assert table._indices is None
     return table.data.column(name).to_numpy()  # type: ignore[no-any-return]  # datasets is untyped here
@@ -370,7 +462,7 @@ def _overlong(
     return RunFailed(FailureReason.BAD_DATA, str(RowsInvalid(name, problems, len(overlong))))
 
 
-def _after_cut(
+def after_cut(
     table: Dataset,
     overlong: np.ndarray,
     supervised: np.ndarray,
@@ -378,12 +470,16 @@ def _after_cut(
 ) -> tuple[np.ndarray, list[int]]:
     """Supervised tokens left in each row after the cut, and the rows that have none left."""
     supervised = supervised.copy()
-    emptied = []
-    for i in overlong:
-        supervised[i] = int(np.asarray(table[int(i)]["supervised"], dtype=bool)[1:max_seq_length].sum())
-        if not supervised[i]:
-            emptied.append(int(i))
-    return supervised, emptied
+    start = 0
+    for chunk in table.data.column("supervised").chunks:
+        here = overlong[(overlong >= start) & (overlong < start + len(chunk))]
+        if len(here):
+            offsets = chunk.offsets.to_numpy()
+            learned = np.concatenate([[0], np.cumsum(chunk.values.to_numpy(zero_copy_only=False))])
+            begins = offsets[here - start]
+            supervised[here] = learned[begins + max_seq_length] - learned[begins + 1]
+        start += len(chunk)
+    return supervised, [int(i) for i in overlong if not supervised[i]]
 
 
 def _say(left_out: dict[str, int]) -> str:

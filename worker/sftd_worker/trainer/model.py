@@ -171,9 +171,7 @@ class Model:
 
 def load_tokenizer(job: TrainerJob) -> tuple[Any, Template, bool]:
     """(tokenizer, chat template, does the model bring its own template). ChatML is put into a tokenizer without one."""
-    tokenizer = _from_hub(
-        job, "tokenizer", AutoTokenizer.from_pretrained, job.model_path, **_hub_options(job)
-    )
+    tokenizer = from_hub(job, "tokenizer", AutoTokenizer.from_pretrained, job.model_path, **hub_options(job))
     own = bool(tokenizer.chat_template)
     if not own:
         has_im_end = tokenizer.convert_tokens_to_ids("<|im_end|>") not in (None, tokenizer.unk_token_id)
@@ -214,13 +212,13 @@ def load_model(
     device = world.device
     spec = job.spec
     attention.register()
-    config = _from_hub(job, "config", AutoConfig.from_pretrained, job.model_path, **_hub_options(job))
+    config = from_hub(job, "config", AutoConfig.from_pretrained, job.model_path, **hub_options(job))
     stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
     dtype = torch.float32 if spec.method == "full" else precision.dtype
     source = str(resume_from) if resume_from is not None and spec.method == "full" else job.model_path
 
     def load(place: torch.device) -> tuple[Any, Any]:
-        causal = _from_hub(job, "model", _load_weights, job, source, config, dtype, place)
+        causal = from_hub(job, "model", _load_weights, job, source, config, dtype, place)
         causal.config.use_cache = False
         _keep_4bit_trainable(causal)
         causal.requires_grad_(spec.method == "full")
@@ -275,7 +273,7 @@ def load_model(
 
 
 def _load_weights(job: TrainerJob, source: str, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    options: dict[str, Any] = dict(_hub_options(job), dtype=dtype, use_safetensors=True)
+    options: dict[str, Any] = dict(hub_options(job), dtype=dtype, use_safetensors=True)
     if job.spec.method == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -460,11 +458,11 @@ def _rope_limit(config: Any) -> float:
 # ---------------------------------------------------------------- loading
 
 
-def _hub_options(job: TrainerJob) -> dict[str, Any]:
+def hub_options(job: TrainerJob) -> dict[str, Any]:
     return {"trust_remote_code": job.trust_remote_code, "local_files_only": job.local_files_only}
 
 
-def _from_hub(job: TrainerJob, part: str, load: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def from_hub(job: TrainerJob, part: str, load: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Load a part of the base model; turn what can go wrong into a reason."""
     name = job.spec.base_model
     local = job.model_path.startswith("/")

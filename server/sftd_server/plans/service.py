@@ -1,0 +1,201 @@
+"""Data to count: asked for by plans and previews, claimed by a worker, kept by a hash of what was asked.
+
+The same question is counted once. A worker holds it under a lease that it renews; where it vanishes another one counts.
+"""
+
+import hashlib
+import secrets
+from datetime import datetime, timedelta
+
+from sqlalchemy import ColumnElement
+from sqlmodel import Session, and_, col, delete, or_, select, update
+
+from sftd.protocol import Analysis, AnalysisReport, AnalysisRequest, AnalysisTask
+from sftd.spec import JobSpec
+from sftd_server.db import touch
+from sftd_server.errors import Conflict
+from sftd_server.jobs.scheduling import ALIVE_SECONDS
+from sftd_server.tables import AnalysisRow, WorkerRow
+from sftd_server.workers.registry import Unregistered
+
+LEASE_SECONDS = 60.0
+MAX_TRIES = 3
+FRESH_SECONDS = 86400.0  # a model's folder may have been changed since
+KEPT_SECONDS = 7 * 86400.0  # without having been asked for
+RETRY_SECONDS = 10.0  # what failed may go well once something has been mended
+TOPIC = "analyses"
+
+# What decides on the rows, the steps and the shape of the model. The rest of a spec is the server's business.
+_COUNTED_BY = (
+    "base_model",
+    "method",
+    "training_file",
+    "validation_file",
+    "validation_split",
+    "max_seq_length",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "warmup_steps",
+    "warmup_ratio",
+    "max_steps",
+    "num_epochs",
+    "save_steps",
+    "eval_steps",
+    "seed",
+    "precision",
+    "packing",
+    "max_tokens_per_step",
+    "train_on",
+    "on_overlong",
+    "lora",
+    "gpus",
+)
+
+
+def counted_by(spec: JobSpec) -> JobSpec:
+    """The spec without what does not change the count, so that plans that differ in that share one."""
+    fields = spec.model_dump(mode="json", include=set(_COUNTED_BY), exclude_none=True)
+    return JobSpec.model_validate(fields)
+
+
+def id_of(request: AnalysisRequest) -> str:
+    """A hash of what is asked."""
+    return "count_" + hashlib.sha256(request.model_dump_json().encode()).hexdigest()[:32]
+
+
+def ask(session: Session, request: AnalysisRequest, now: datetime) -> str:
+    """Have something counted, unless it has been, or is being, counted. Returns its id."""
+    asked = id_of(request)
+    row = session.exec(select(AnalysisRow).where(AnalysisRow.id == asked).with_for_update()).first()
+    if row is not None and not _is_stale(row, now):
+        session.exec(update(AnalysisRow).where(col(AnalysisRow.id) == asked).values(used_at=now))
+        return asked
+    session.exec(delete(AnalysisRow).where(col(AnalysisRow.id) == asked))
+    session.add(
+        AnalysisRow(
+            id=asked, request=request.model_dump(mode="json"), state="wanted", created_at=now, used_at=now
+        )
+    )
+    session.flush()
+    touch(session, TOPIC)
+    return asked
+
+
+def _is_stale(row: AnalysisRow, now: datetime) -> bool:
+    age = (now - row.created_at).total_seconds()
+    limit = {"done": FRESH_SECONDS, "failed": RETRY_SECONDS}.get(row.state)
+    return limit is not None and age > limit
+
+
+def outcome(session: Session, asked: str) -> AnalysisReport | None:
+    """What was counted, or why it could not be; None while it is not."""
+    row = session.exec(select(AnalysisRow).where(AnalysisRow.id == asked)).first()
+    if row is None or row.state not in ("done", "failed"):
+        return None
+    analysis = Analysis.model_validate(row.result) if row.result is not None else None
+    return AnalysisReport(analysis=analysis, error=row.error)
+
+
+def is_wanted(session: Session, now: datetime) -> bool | None:
+    """Whether there is something to count; None where there is not, for those who wait."""
+    return session.exec(select(AnalysisRow.id).where(_claimable(now)).limit(1)).first() is not None or None
+
+
+def has_counters(session: Session, now: datetime) -> bool:
+    """Whether a worker is there that sees the data."""
+    alive_since = now - timedelta(seconds=ALIVE_SECONDS)
+    query = select(WorkerRow.id).where(
+        col(WorkerRow.gone_at).is_(None),
+        col(WorkerRow.shares_data).is_(True),
+        col(WorkerRow.seen_at) >= alive_since,
+    )
+    return session.exec(query.limit(1)).first() is not None
+
+
+def require_registered(session: Session, worker_id: str, boot_id: str) -> None:
+    """Raises Unregistered."""
+    here = (WorkerRow.id == worker_id, WorkerRow.boot_id == boot_id)
+    if session.exec(select(WorkerRow.id).where(*here)).first() is None:
+        raise Unregistered(worker_id)
+
+
+def claim(session: Session, *, worker_id: str, boot_id: str, now: datetime) -> AnalysisTask | None:
+    """Hand out what was asked for first. Raises Unregistered."""
+    require_registered(session, worker_id, boot_id)
+    query = select(AnalysisRow).where(_claimable(now)).order_by(col(AnalysisRow.created_at))
+    row = session.exec(query.limit(1).with_for_update(skip_locked=True)).first()
+    if row is None:
+        return None
+    if row.tries >= MAX_TRIES:
+        told = f"{row.tries} workers vanished while they counted it; see their logs"
+        _end(session, row.id, {"state": "failed", "error": told})
+        return None
+    token = secrets.token_hex(24)
+    statement = (
+        update(AnalysisRow)
+        .where(col(AnalysisRow.id) == row.id, _claimable(now))
+        .values(
+            state="claimed",
+            worker_id=worker_id,
+            token_sha256=_hash(token),
+            lease_until=now + timedelta(seconds=LEASE_SECONDS),
+            tries=row.tries + 1,
+        )
+    )
+    if session.exec(statement).rowcount != 1:
+        return None
+    request = AnalysisRequest.model_validate(row.request)
+    return AnalysisTask(id=row.id, token=token, lease_seconds=LEASE_SECONDS, request=request)
+
+
+def renew(session: Session, asked: str, token: str, now: datetime) -> None:
+    """Its worker is still at it. Raises Conflict where another one is, or it is done."""
+    values = {"lease_until": now + timedelta(seconds=LEASE_SECONDS)}
+    if session.exec(update(AnalysisRow).where(*_held(asked, token)).values(**values)).rowcount != 1:
+        raise _not_held(asked)
+
+
+def finish(session: Session, asked: str, token: str, report: AnalysisReport) -> None:
+    """Keep what was counted. Raises Conflict where another worker counts it now."""
+    if report.may_retry:
+        values: dict[str, object] = {"state": "wanted"}
+    else:
+        result = report.analysis.model_dump(mode="json") if report.analysis is not None else None
+        values = {"state": "failed" if result is None else "done", "result": result, "error": report.error}
+    held = _held(asked, token)
+    if session.exec(select(AnalysisRow.id).where(*held).with_for_update()).first() is None:
+        raise _not_held(asked)
+    _end(session, asked, values)
+
+
+def sweep(session: Session, now: datetime) -> int:
+    """Forget what nobody has asked for in a while; how many."""
+    long_ago = now - timedelta(seconds=KEPT_SECONDS)
+    return session.exec(delete(AnalysisRow).where(col(AnalysisRow.used_at) < long_ago)).rowcount
+
+
+def _claimable(now: datetime) -> ColumnElement[bool]:
+    vanished = and_(col(AnalysisRow.state) == "claimed", col(AnalysisRow.lease_until) < now)
+    return or_(col(AnalysisRow.state) == "wanted", vanished)
+
+
+def _held(asked: str, token: str) -> tuple[ColumnElement[bool], ...]:
+    return (
+        col(AnalysisRow.id) == asked,
+        col(AnalysisRow.state) == "claimed",
+        col(AnalysisRow.token_sha256) == _hash(token),
+    )
+
+
+def _end(session: Session, asked: str, values: dict[str, object]) -> None:
+    free = {"token_sha256": None, "lease_until": None}
+    session.exec(update(AnalysisRow).where(col(AnalysisRow.id) == asked).values(**free, **values))
+    touch(session, TOPIC, f"analysis:{asked}")
+
+
+def _not_held(asked: str) -> Conflict:
+    return Conflict(f"{asked} is not counted by this worker any more.", code="lease_lost")
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
