@@ -125,7 +125,7 @@ def test_submit_and_follow_shows_the_log_and_ends_with_the_job(
     assert lines[-1].endswith("is succeeded") or lines[-1] == "step 5"
 
 
-def test_a_failed_job_ends_with_one_and_says_why(
+def test_a_wait_for_a_failed_job_ends_with_two_and_says_why(
     box: "Box", sftd: Callable[..., Outcome], spec: Path
 ) -> None:
     box.set_script(steps=3, at=2, end="exception")
@@ -133,7 +133,7 @@ def test_a_failed_job_ends_with_one_and_says_why(
 
     waited = sftd("wait", job_id)
 
-    assert waited.code == 1
+    assert waited.code == 2
     assert "failed (diverged): The loss is NaN at step 2. Lower learning_rate" in waited.err
     assert "remedy" in sftd("show", job_id).out
 
@@ -147,7 +147,7 @@ def test_a_running_job_is_cancelled(box: "Box", sftd: Callable[..., Outcome], sp
     assert sftd("cancel", job_id).out.startswith(f"{job_id} is ")
     waited = sftd("wait", job_id)
 
-    assert (waited.code, waited.err) == (1, f"sftd: {job_id} was cancelled.\n")
+    assert (waited.code, waited.err) == (3, f"sftd: {job_id} was cancelled.\n")
     assert sftd("resume", job_id).code == 2
 
 
@@ -180,7 +180,7 @@ def test_the_life_of_a_job_by_commands(
 ) -> None:
     box.set_script(steps=5, checkpoint_every=2, at=5, end="exception")
     job_id = sftd("submit", spec).out.strip()
-    assert sftd("wait", job_id).code == 1
+    assert sftd("wait", job_id).code == 2
     box.set_script(steps=5, checkpoint_every=2)
 
     listed = sftd("attempts", job_id).out.splitlines()
