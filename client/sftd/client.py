@@ -178,7 +178,7 @@ class Audit:
             "action": action,
             "key_name": key_name,
             "target": target,
-            "since": since and since.isoformat(),
-            "until": until and until.isoformat(),
+            "since": since.isoformat() if since else None,
+            "until": until.isoformat() if until else None,
         }
         return pages(self._transport, "/audit", AuditEntry, params=params, limit=limit)

@@ -322,7 +322,7 @@ def _succeeded(job: Job) -> Job:
 def _still_going(job_id: str, job: Job | None, num_failures: int, seconds: float) -> WaitTimeout:
     state = f"{job_id} is still {job.state}" if job else f"{job_id} is not known to be over"
     silent = "; the server does not answer" if num_failures else ""
-    return WaitTimeout(f"{state} after {seconds:g} s{silent}.", job=job)
+    return WaitTimeout(f"{state} after {round(seconds, 1):g} s{silent}.", job=job)
 
 
 def _made(folder: str | Path) -> Path:

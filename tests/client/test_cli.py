@@ -7,70 +7,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import typer
 
 from sftd import cli
+from sftd.cli.app import job_ids
 
 if TYPE_CHECKING:
-    from conftest import Box, ScriptedServer
+    from conftest import Box, Outcome, ScriptedServer
 
 Run = Callable[..., Any]
-COMMANDS = [
-    "up",
-    "submit",
-    "upload",
-    "check",
-    "ls",
-    "show",
-    "logs",
-    "metrics",
-    "events",
-    "wait",
-    "cancel",
-    "pause",
-    "resume",
-    "get",
-    "keys",
-    "workers",
-    "retry",
-    "clone",
-    "change",
-    "priority",
-    "move",
-    "delete",
-    "attempts",
-    "checkpoints",
-    "pin",
-    "unpin",
-    "drain",
-    "undrain",
-    "storage",
-]
-
-
-class Outcome:
-    """What a command left behind."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def sftd(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    def run(*argv: object) -> Outcome:
-        try:
-            cli.main([str(word) for word in argv])
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 0
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture
@@ -80,7 +30,7 @@ def spec(rows: Path) -> Path:
     return path
 
 
-def test_a_job_by_commands(box: "Box", sftd: Callable[..., Outcome], spec: Path, tmp_path: Path) -> None:
+def test_a_job_by_commands(box: "Box", sftd: Callable[..., "Outcome"], spec: Path, tmp_path: Path) -> None:
     submitted = sftd("submit", spec, "--set", "lora.rank=8", "--set", "metadata.team=cli")
     job_id = submitted.out.strip()
     assert "uploaded as file_" in submitted.err
@@ -115,7 +65,7 @@ def test_a_job_by_commands(box: "Box", sftd: Callable[..., Outcome], spec: Path,
 
 
 def test_submit_and_follow_shows_the_log_and_ends_with_the_job(
-    box: "Box", sftd: Callable[..., Outcome], spec: Path
+    box: "Box", sftd: Callable[..., "Outcome"], spec: Path
 ) -> None:
     followed = sftd("submit", spec, "--follow")
 
@@ -126,7 +76,7 @@ def test_submit_and_follow_shows_the_log_and_ends_with_the_job(
 
 
 def test_a_wait_for_a_failed_job_ends_with_two_and_says_why(
-    box: "Box", sftd: Callable[..., Outcome], spec: Path
+    box: "Box", sftd: Callable[..., "Outcome"], spec: Path
 ) -> None:
     box.set_script(steps=3, at=2, end="exception")
     job_id = sftd("submit", spec).out.strip()
@@ -138,7 +88,7 @@ def test_a_wait_for_a_failed_job_ends_with_two_and_says_why(
     assert "remedy" in sftd("show", job_id).out
 
 
-def test_a_running_job_is_cancelled(box: "Box", sftd: Callable[..., Outcome], spec: Path) -> None:
+def test_a_running_job_is_cancelled(box: "Box", sftd: Callable[..., "Outcome"], spec: Path) -> None:
     box.set_script(steps=10**6, step_seconds=0.02)
     job_id = sftd("submit", spec).out.strip()
     with box.client() as client:
@@ -176,7 +126,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_so(box: "Box", spec: Path) -> No
 
 
 def test_the_life_of_a_job_by_commands(
-    box: "Box", sftd: Callable[..., Outcome], spec: Path, tmp_path: Path
+    box: "Box", sftd: Callable[..., "Outcome"], spec: Path, tmp_path: Path
 ) -> None:
     box.set_script(steps=5, checkpoint_every=2, at=5, end="exception")
     job_id = sftd("submit", spec).out.strip()
@@ -210,7 +160,7 @@ def test_the_life_of_a_job_by_commands(
     assert sftd("show", job_id).code == 2
 
 
-def test_a_worker_is_drained_and_undrained(box: "Box", sftd: Callable[..., Outcome]) -> None:
+def test_a_worker_is_drained_and_undrained(box: "Box", sftd: Callable[..., "Outcome"]) -> None:
     name = sftd("workers").out.splitlines()[1].split("\t")[0]
 
     assert "drains" in sftd("drain", name).err
@@ -221,7 +171,7 @@ def test_a_worker_is_drained_and_undrained(box: "Box", sftd: Callable[..., Outco
 
 
 def test_every_mistake_of_a_spec_is_told_at_once(
-    box: "Box", sftd: Callable[..., Outcome], spec: Path
+    box: "Box", sftd: Callable[..., "Outcome"], spec: Path
 ) -> None:
     refused = sftd("submit", spec, "--set", "learning_rate=fast", "--set", "epochs=3")
 
@@ -230,7 +180,7 @@ def test_every_mistake_of_a_spec_is_told_at_once(
     assert "epochs" in refused.err
 
 
-def test_keys_are_made_listed_and_withdrawn(box: "Box", sftd: Callable[..., Outcome]) -> None:
+def test_keys_are_made_listed_and_withdrawn(box: "Box", sftd: Callable[..., "Outcome"]) -> None:
     made = sftd("keys", "add", "ci", "--expires-in-days", "1")
     key_id = made.err.split()[0]
 
@@ -240,7 +190,7 @@ def test_keys_are_made_listed_and_withdrawn(box: "Box", sftd: Callable[..., Outc
     assert key_id not in sftd("keys", "ls").out
 
 
-def test_the_disk_is_shown_and_collected(box: "Box", sftd: Callable[..., Outcome]) -> None:
+def test_the_disk_is_shown_and_collected(box: "Box", sftd: Callable[..., "Outcome"]) -> None:
     shown = sftd("storage")
     assert shown.out.startswith("KIND\tSIZE\ncheckpoints\t")
     assert "are free; 64 MiB are kept in reserve\n" in shown.out
@@ -261,7 +211,7 @@ def test_the_disk_is_shown_and_collected(box: "Box", sftd: Callable[..., Outcome
     assert sftd("storage", "--dry-run").code == 2
 
 
-def test_check_counts_rows_and_names_mistakes(sftd: Callable[..., Outcome], rows: Path) -> None:
+def test_check_counts_rows_and_names_mistakes(sftd: Callable[..., "Outcome"], rows: Path) -> None:
     assert "1 rows, format prompt_completion" in sftd("check", rows).out
     rows.write_text('{"prompt": "a"}\n')
     refused = sftd("check", rows)
@@ -270,7 +220,7 @@ def test_check_counts_rows_and_names_mistakes(sftd: Callable[..., Outcome], rows
 
 
 def test_no_server_ends_with_three(
-    sftd: Callable[..., Outcome], scripted: "ScriptedServer", monkeypatch: pytest.MonkeyPatch
+    sftd: Callable[..., "Outcome"], scripted: "ScriptedServer", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted.close()
     monkeypatch.setenv("SFTD_URL", scripted.url)
@@ -283,7 +233,7 @@ def test_no_server_ends_with_three(
     assert "Nothing listens" in failed.err
 
 
-def test_mistakes_in_the_call_end_with_two(sftd: Callable[..., Outcome]) -> None:
+def test_mistakes_in_the_call_end_with_two(sftd: Callable[..., "Outcome"]) -> None:
     assert sftd("ls").code == 2  # no address
     assert sftd("submit").code == 2
     assert sftd("nonsense").code == 2
@@ -291,7 +241,7 @@ def test_mistakes_in_the_call_end_with_two(sftd: Callable[..., Outcome]) -> None
 
 
 def test_a_log_line_cannot_steer_the_terminal(
-    sftd: Callable[..., Outcome], scripted: "ScriptedServer", answer: Run, monkeypatch: pytest.MonkeyPatch
+    sftd: Callable[..., "Outcome"], scripted: "ScriptedServer", answer: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SFTD_URL", scripted.url)
     monkeypatch.setenv("SFTD_API_KEY", "key")
@@ -309,11 +259,43 @@ def test_a_log_line_cannot_steer_the_terminal(
     assert "[red]x[/red]" in out
 
 
-def test_every_command_explains_itself(sftd: Callable[..., Outcome]) -> None:
-    listed = sftd("--help").out
+def commands(group: Any = None, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with the words that call it."""
+    group = group or typer.main.get_command(cli.app)
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *path, name)
+        else:
+            yield (*path, name), command
 
+
+def test_every_command_explains_itself_and_is_documented(sftd: Callable[..., "Outcome"]) -> None:
     documented = (Path(__file__).parents[2] / "docs/cli.md").read_text()
-    for command in COMMANDS:
-        assert command in listed
-        assert f"`sftd {command}" in documented
-        assert sftd(command, "--help").code == 0
+    for path, _ in commands():
+        assert f"`sftd {' '.join(path)}" in documented, path
+        assert sftd(*path, "--help").code == 0
+
+
+def test_every_command_prints_json_for_programs() -> None:
+    for path, command in commands():
+        options = [name for param in command.params for name in param.opts]
+        assert "--json" in options or path == ("admin",), path  # admin is the server's own
+
+
+def test_options_that_the_help_names_are_documented() -> None:
+    documented = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    for path, command in commands():
+        for param in command.params:
+            for name in param.opts:
+                assert not name.startswith("--") or name in documented, (path, name)
+
+
+def test_the_shell_completes_jobs(box: "Box", sftd: Callable[..., "Outcome"], spec: Path) -> None:
+    job_id = sftd("submit", spec).out.strip()
+
+    assert job_id in [each for each, _ in job_ids("job_")]
+    assert job_ids("nothing") == []
+
+
+def test_completion_gives_up_at_once_without_a_server() -> None:
+    assert job_ids("job_") == []

@@ -4,7 +4,9 @@ Exit codes: 0 done; 1 the job failed or was cancelled; 2 a mistake in the call o
 have their own, told there and in docs/cli.md. Results go to stdout, everything else to stderr.
 """
 
-# isort: skip_file  # the commands stand in the order in which --help lists them
+# The commands stand in the order in which --help lists them:
+# isort: skip_file
+
 import sys
 from collections.abc import Sequence
 
