@@ -72,9 +72,9 @@ class Files:
     def download(self, file_id: str, path: str | Path) -> Path:
         """Write the file as it was uploaded, checked by its hash: `client.files.download("file_…", "rows.jsonl")`."""
         path = Path(path)
-        file = self.retrieve(file_id)
         if path.is_dir():
             raise ConfigurationError(f"{path} is a folder; name the file to write.")
+        file = self.retrieve(file_id)
         with self._transport.stream(f"{_path(file_id)}/content") as pieces:
             return write_file(path.parent, path.name, pieces, sha256=file.sha256)
 

@@ -92,7 +92,10 @@ class ScriptedServer:
         if answer.cut == 0:
             handler.close_connection = True
             return
-        handler.send_response(answer.status)
+        if "Date" in answer.headers:
+            handler.send_response_only(answer.status)  # without the date of this machine
+        else:
+            handler.send_response(answer.status)
         for name, value in {"Content-Length": str(len(content)), **answer.headers}.items():
             handler.send_header(name, value)
         handler.end_headers()

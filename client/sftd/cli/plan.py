@@ -295,7 +295,7 @@ def _where(problem: "PlanProblem") -> str:
 
 def _lines(found: "Lines") -> str:
     shown = ", ".join(map(str, found.lines[:SHOWN_LINES]))
-    more = ", …" if found.count > len(found.lines[:SHOWN_LINES]) else ""
+    more = " and more" if found.count > len(found.lines[:SHOWN_LINES]) else ""
     return f"{found.count:,}" + (f"  (lines {shown}{more})" if shown else "")
 
 
@@ -308,4 +308,4 @@ def _spread(spread: "Histogram") -> str:
 
 def _short(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= 80 else text[:79] + "…"
+    return text if len(text) <= 80 else text[:77] + "..."

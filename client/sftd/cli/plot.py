@@ -41,7 +41,7 @@ def plot(series: Mapping[str, Points], *, columns: int, lines: int, unicode: boo
     if drawn:
         _draw(text, finite, _Scale.of(drawn), columns=columns, lines=lines, unicode=unicode)
     for i, (name, points) in enumerate(series.items()):
-        mark = "\N{BRAILLE PATTERN DOTS-14}" if unicode and i == 0 else _mark(i, unicode=unicode)
+        mark = "⣿" if unicode and i == 0 else _mark(i, unicode=unicode)
         text.append(f"{mark} ", COLORS[i % len(COLORS)])
         text.append(f"{printable(name)}: {_summary(points)}\n")
     text.right_crop(1)
