@@ -64,6 +64,53 @@ def test_a_job_by_commands(box: "Box", sftd: Callable[..., "Outcome"], spec: Pat
     assert sftd("workers").out.count("\n") == 2
 
 
+def test_what_commands_print_for_programs(
+    box: "Box", sftd: Callable[..., "Outcome"], spec: Path, tmp_path: Path
+) -> None:
+    def told(*argv: object) -> Any:
+        done = sftd(*argv, "--json")
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    job = told("submit", spec, "--follow")
+    job_id = job["id"]
+    assert job["state"] == "succeeded"
+    assert told("wait", job_id)["outcome"] == "met"
+    assert json.loads(sftd("logs", job_id, "--json").out.splitlines()[0])["text"] == "step 1"
+    assert json.loads(sftd("events", job_id, "--json").out.splitlines()[-1])["type"] == "succeeded"
+    assert told("metrics", job_id)[1] == {"step": 2, "loss": 0.5, "nan": "NaN"}
+    assert told("metrics", job_id, "--names", "loss")[0] == {"step": 1, "loss": 1.0}
+    assert told("pin", job_id, 2, "best")["pinned"] == "best"
+    assert told("unpin", job_id, 2)["pinned"] is None
+    assert told("change", job_id, "--set", "name=second")["name"] == "second"
+    assert told("get", job_id, "-o", tmp_path / "out") == {
+        "folder": str(tmp_path / "out"), "files": ["model.txt"],
+    }  # fmt: skip
+    again = told("clone", job_id, "--set", "requires.worker=nobody")["id"]
+    assert told("priority", again, 2)["priority"] == 2
+    assert told("move", again, "--last")["state"] == "queued"
+    assert told("pause", again)["state"] == "paused"
+    assert told("resume", again)["state"] == "queued"
+    assert told("cancel", again)["state"] == "cancelled"
+    assert told("retry", again)["retry_of"] == again
+    assert told("delete", again) == {"id": again, "deleted": True}
+    assert told("check", spec.parent / "rows.jsonl")["num_rows"] == 1
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    wrong = sftd("check", tmp_path / "bad.jsonl", "--json")
+    assert (wrong.code, json.loads(wrong.out)["problems"][0]["line"]) == (2, 1)
+
+
+def test_metrics_are_drawn(box: "Box", sftd: Callable[..., "Outcome"], spec: Path) -> None:
+    job_id = sftd("submit", spec).out.strip()
+    assert sftd("wait", job_id).code == 0
+
+    drawn = sftd("metrics", job_id, "--plot")
+    assert "loss: 1 at step 1, 0.2 at step 5, lowest 0.2 at step 5" in drawn.out
+    assert "eval_loss: nothing reported" in drawn.out
+    assert sftd("metrics", job_id, "--plot", "--names", "nan").out.endswith("nan: 5 not finite\n")
+    assert sftd("metrics", job_id, "--plot", "--csv").code == 2
+
+
 def test_submit_and_follow_shows_the_log_and_ends_with_the_job(
     box: "Box", sftd: Callable[..., "Outcome"], spec: Path
 ) -> None:
