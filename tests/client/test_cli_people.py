@@ -1,5 +1,6 @@
 """Commands for who one is and who may: login, keys, audit; and for files and lists, where answers are scripted."""
 
+import hashlib
 import io
 import json
 import stat
@@ -203,6 +204,20 @@ def test_files_are_listed_shown_fetched_and_deleted(
     assert (tmp_path / "out.jsonl").read_bytes() == rows.read_bytes()
     assert json.loads(sftd("files", "rm", sent["id"], "--json").out) == {"id": sent["id"], "deleted": True}
     assert sftd("files", "show", sent["id"]).code == 2
+
+
+def test_a_file_is_fetched_to_a_name_in_this_folder(
+    sftd: Sftd, at_scripted: "ScriptedServer", answer: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = {
+        "id": "file_1", "filename": "../up\\..\\.rows\x1b.jsonl", "purpose": "fine-tune", "bytes": 4, "status": "processed",
+        "sha256": hashlib.sha256(b"rows").hexdigest(), "format": "text", "num_rows": 1, "created_at": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+    at_scripted.will_answer(answer(body=file), answer(body=file), answer(body=b"rows"))
+
+    assert sftd("files", "get", "file_1").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["rows\N{REPLACEMENT CHARACTER}.jsonl"]
 
 
 def test_rows_are_shown_as_they_were_understood(

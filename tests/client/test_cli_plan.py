@@ -196,17 +196,28 @@ def test_the_plan_of_local_files_uploads_them_first(
     assert at_scripted.requests[1].json["training_file"] == "file_2"
 
 
-def test_a_plan_without_unicode_is_plain(at_scripted: "ScriptedServer", answer: Make, spec: Path) -> None:
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, [f"0-16  {'#' * 40} 24", "[[2"]),
+        ({"FORCE_COLOR": "1", "TERM": "xterm"}, ["\x1b[32m2"]),
+        ({"FORCE_COLOR": "1", "TERM": "xterm", "NO_COLOR": "1"}, ["⟦2"]),
+    ],
+    ids=["ascii", "colors", "terminal without colors"],
+)
+def test_supervised_text_stands_out_wherever_it_is_printed(
+    at_scripted: "ScriptedServer", answer: Make, spec: Path, environment: dict[str, str], words: list[str]
+) -> None:
     at_scripted.will_answer(answer(body=WHOLE))
 
     done = subprocess.run(
         [sys.executable, "-m", "sftd.cli", "plan", str(spec)],
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
         capture_output=True,
         check=False,
     )
 
-    out = done.stdout.decode("ascii")
     assert (done.returncode, done.stderr) == (0, b"nothing stands in the way of this job\n")
-    assert f"0-16  {'#' * 40} 24" in out
-    assert "[[2" in out
+    for each in words:
+        assert each in done.stdout.decode()
+    assert ("⟦" in done.stdout.decode()) == ("⟦2" in words)

@@ -1,7 +1,8 @@
 """What the commands share: the app that they belong to, their common options, and what an error ends with."""
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated
 
 import typer
@@ -48,14 +49,22 @@ def _version(
 
 def job_ids(incomplete: str) -> list[tuple[str, str]]:
     """Ids of the newest jobs, for the shell's completion; none where the server does not answer at once."""
-    try:
-        with Client(timeout=COMPLETION_SECONDS, max_retries=0) as client:
-            found = client.jobs.list(limit=COMPLETED_JOBS)
-            return [
-                (job.id, f"{job.state} {job.name or ''}") for job in found if job.id.startswith(incomplete)
-            ]
-    except SftdError:
-        return []
+    found: list[tuple[str, str]] = []
+    # In a thread, since looking up the server's name has no time-out of its own.
+    asking = threading.Thread(target=_ask_for_job_ids, args=(incomplete, found), daemon=True)
+    asking.start()
+    asking.join(COMPLETION_SECONDS)
+    return list(found)
+
+
+def _ask_for_job_ids(incomplete: str, found: list[tuple[str, str]]) -> None:
+    with (
+        suppress(Exception),
+        Client(timeout=COMPLETION_SECONDS, max_retries=0) as client,
+    ):  # no place to say it
+        for job in client.jobs.list(limit=COMPLETED_JOBS):
+            if job.id.startswith(incomplete):
+                found.append((job.id, f"{job.state} {job.name or ''}"))
 
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of the job.", autocompletion=job_ids)]

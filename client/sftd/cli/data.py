@@ -117,8 +117,7 @@ def get_file(
 ) -> None:
     """Fetch a file as it was uploaded."""
     with Client() as client:
-        # Its name was somebody's word: only the last part, in this folder.
-        path = out or Path(Path(client.files.retrieve(file_id).filename).name or file_id)
+        path = out or Path(_local_name(client.files.retrieve(file_id).filename) or file_id)
         if out is None and path.exists():
             raise ConfigurationError(f"{path} is here already; name another file with --out.")
         client.files.download(file_id, path)
@@ -142,6 +141,11 @@ def upload_file(client: Client, path: Path, *, purpose: str = "fine-tune") -> Fi
     rows = f", {file.num_rows:,} rows" if file.num_rows is not None else ""
     say(f"{path} uploaded as {file.id}{rows}")
     return file
+
+
+def _local_name(filename: str) -> str:
+    """A name in this folder: what it was uploaded as is somebody's word, and must not be a path or a hidden file."""
+    return printable(filename.replace("\\", "/").rpartition("/")[2]).replace("\t", " ").lstrip(".")
 
 
 def _print_uploaded(file: File, *, as_json: bool) -> None:

@@ -253,7 +253,8 @@ class _Printer:
     def _rendered(self, row: "RenderedRow") -> None:
         """What carries the loss is green in a terminal, and stands between marks elsewhere."""
         left, right = ("⟦", "⟧") if self._unicode else ("[[", "]]")
-        colored = self._console.is_terminal and self._console.color_system is not None
+        console = self._console
+        colored = console.is_terminal and console.color_system is not None and not console.no_color
         text = Text()
         for segment in row.segments:
             said = "\n".join(printable(line) for line in segment.text.split("\n"))
