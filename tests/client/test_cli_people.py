@@ -130,6 +130,7 @@ def test_mistakes_about_keys_are_told_before_any_call(sftd: Sftd, at_scripted: "
         ["change", "key_1", "--max-queued-jobs", 1, "--without", "max-queued-jobs"],
         ["add", "ci", "--max-running-jobs", 0],
         ["add", ""],
+        ["add", "ci", "--expires-in-days", "inf"],
         ["add", "ci", "--max-gpu-hours-per-month", "nan"],
     ):
         refused = sftd("keys", *words)

@@ -153,7 +153,7 @@ def test_a_plan_is_printed_problems_first(
         "⟦2\N{REPLACEMENT CHARACTER}[31m⟧<|end|> …",
     ):
         assert words in planned.out, words
-    assert at_scripted.requests[0].path == "/jobs/plan?wait=0.0"
+    assert at_scripted.requests[0].path == "/jobs/plan?wait=0"
     assert at_scripted.requests[0].json == {
         "base_model": "org/model", "training_file": "file_1", "learning_rate": 1e-4,
     }  # fmt: skip

@@ -193,6 +193,7 @@ def test_mistakes_in_the_call_end_with_five_before_any_waiting(
 
     assert sftd("wait").code == 5
     assert sftd("wait", "job_1", "--timeout", "soon").code == 5
+    assert sftd("wait", "job_1", "--timeout", "nan").code == 5
     wrong = sftd("wait", "job_1", "--fail-unless", "eval_loss <")
     assert (wrong.code, "at character 12" in wrong.err) == (5, True)
     lacking = sftd("wait", "job_1", "--fail-unless", "eval_loss < baseline")

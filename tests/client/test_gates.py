@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftd.gates import MAX_CHARS, GateError, Metric, Unavailable, check_gate, parse_gate
+from sftd.figures import EVALUATED, OF_JOB
+from sftd.gates import KNOWN, MAX_CHARS, GateError, Metric, Unavailable, check_gate, parse_gate
 
 
 class Told:
@@ -157,6 +159,13 @@ def test_the_metrics_of_a_gate_are_named_once_each() -> None:
     gate = parse_gate("loss + loss < 2 * baseline")
 
     assert gate.metrics == [Metric("loss"), Metric("loss", baseline=True)]
+
+
+def test_what_jobs_report_is_known_and_documented() -> None:
+    documented = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+
+    assert KNOWN.issuperset({*OF_JOB, *EVALUATED})
+    assert all(f"`{name}`" in documented for name in (*OF_JOB, *EVALUATED))
 
 
 NUMBERS = st.floats(min_value=0, max_value=1e6, allow_nan=False).map(repr)

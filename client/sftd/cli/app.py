@@ -1,5 +1,6 @@
 """What the commands share: the app that they belong to, their common options, and what an error ends with."""
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from rich.console import Console
 from sftd import __version__
 from sftd.client import Client
 from sftd.errors import (
+    ConfigurationError,
     ConnectionFailed,
     JobFailed,
     ServerError,
@@ -87,6 +89,12 @@ def reason(error: SftdError) -> str:
     if isinstance(error, ServerError) and error.request_id:
         return f"{error} (request {error.request_id})"
     return str(error)
+
+
+def require_number(option: str, value: float | None) -> None:
+    """Refuse `nan` and `inf`, which the command line takes for numbers."""
+    if value is not None and not math.isfinite(value):
+        raise ConfigurationError(f"{option} {value}: give a number.")
 
 
 @contextmanager

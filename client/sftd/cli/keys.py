@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sftd.cli.app import AsJson, keys, say_deleted
+from sftd.cli.app import AsJson, keys, require_number, say_deleted
 from sftd.client import Client
 from sftd.errors import ConfigurationError
 from sftd.output import print_json, print_table, say, when
@@ -112,6 +112,7 @@ def remove_key(key_id: KeyId, as_json: AsJson = False) -> None:
 
 
 def _seconds(days: float | None) -> int | None:
+    require_number("--expires-in-days", days)
     return None if days is None else round(days * SECONDS_A_DAY)
 
 

@@ -3,6 +3,7 @@
 Exit codes: 0 nothing known stands in its way; 1 something does; 4 not all of it is known yet.
 """
 
+import math
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from sftd.cli.app import JOBS, AsJson, Assignments, app
+from sftd.cli.app import JOBS, AsJson, Assignments, app, require_number
 from sftd.cli.submit import SpecFile, spec_fields, upload_data
 from sftd.client import Client
 from sftd.output import duration, print_json, printable, say, size, when
@@ -49,6 +50,7 @@ def plan(
     Data files that lie here are uploaded, as by submit; the same content is stored once. Exit code 0: nothing known
     stands in its way; 1: something does; 4: not all of it is known yet.
     """
+    require_number("--wait", wait)
     fields = spec_fields(spec, assignments)
     with Client() as client:
         upload_data(client, fields, folder=spec.parent)
@@ -69,7 +71,7 @@ def _planned(client: Client, fields: Spec, *, wait_seconds: float) -> "Plan":
     while True:
         asked_at = time.monotonic()
         asked = min(CALL_SECONDS, max(0.0, deadline - asked_at))
-        found = client.jobs.plan(spec=fields, wait_seconds=round(asked, 1))
+        found = client.jobs.plan(spec=fields, wait_seconds=math.ceil(asked))
         now = time.monotonic()
         if found.complete or now >= deadline or now - asked_at < asked / 2:
             return found

@@ -11,7 +11,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from sftd._transport import backoff_seconds
-from sftd.cli.app import leaving, reason
+from sftd.cli.app import leaving, reason, require_number
 from sftd.client import Client
 from sftd.errors import ConfigurationError, JobFailed, SftdError, WaitTimeout, may_pass
 from sftd.figures import JobFigures
@@ -38,6 +38,7 @@ class Asked:
 
 def carry_out(asked: Asked, *, as_json: bool) -> tuple[Outcome, bool]:
     """Wait, print what came of it and write the reports; tells how it came out, and whether they were written."""
+    require_number("--timeout", asked.timeout_seconds)
     gates = _gates(asked.gates)
     baseline_id = _baseline_id(asked.baseline, gates)
     reports = _Reports(asked.junit_file, asked.summary_file)
