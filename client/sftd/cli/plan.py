@@ -206,8 +206,9 @@ class _Printer:
         style = "bold red" if memory.fits is False else "bold"
         self._line(f"memory on {memory.device}{there}: {size(memory.total_bytes)}{free}, {fits}", style)
         parts = memory.parts.model_dump()
-        shown = (f"{name} {size(num_bytes)}" for name, num_bytes in parts.items() if num_bytes)
-        self._fact("parts", ", ".join(shown))
+        shown = [f"{name} {size(num_bytes)}" for name, num_bytes in parts.items() if num_bytes]
+        if shown:
+            self._fact("parts", ", ".join(shown))
         for advice in memory.advice:
             self._fact("advice", advice)
 

@@ -92,7 +92,7 @@ def _draw(
     text: Text, series: Mapping[str, Points], scale: _Scale, *, columns: int, lines: int, unicode: bool
 ) -> None:
     labels = {
-        row: number(scale.high + (scale.low - scale.high) * row / (lines - 1)) for row in _labelled(lines)
+        row: f"{scale.high + (scale.low - scale.high) * row / (lines - 1):.4g}" for row in _labelled(lines)
     }
     margin = max(map(len, labels.values()))
     width = max(MIN_COLUMNS, columns - margin - 2)
