@@ -10,7 +10,11 @@ import sys
 import time
 
 ROUNDS = 10
-CASES = {"import sftd": "import sftd", "sftd.Client": "from sftd import Client"}
+CASES = {
+    "import sftd": "import sftd",
+    "sftd.Client": "from sftd import Client",
+    "sftd.cli": "import sftd.cli",
+}
 
 
 def seconds(code: str) -> float:

@@ -9,9 +9,11 @@ import math
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,24 +23,26 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from sftd import __version__
 from sftd.errors import (
     NOT_OURS,
+    ApiError,
     ConfigurationError,
     ConnectionFailed,
     SequenceGap,
-    ServerError,
     SftdError,
-    Throttled,
     error_class,
+    may_pass,
 )
 from sftd.schemas import ErrorAnswer
 
 T = TypeVar("T")
-Params = Mapping[str, str | int | float | None]
+Param = str | int | float | Sequence[str] | None  # several: the name is repeated
+Params = Mapping[str, Param]
 Body = BaseModel | Mapping[str, Any]  # a message, or a job spec that the server validates
 
 CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 1.0
 MAX_RETRY_AFTER_SECONDS = 60.0
 _NO_WAY = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENETUNREACH}  # no IPv6 here, for one
+_YES_OR_NO = {"true": True, "false": False}
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -223,11 +227,10 @@ def backoff_seconds(num_failures: int, *, first: float, most: float) -> float:
 
 def _pause_before_retry(error: SftdError, num_failures: int) -> float | None:
     """Seconds to wait before the call is sent again, or None: it must not be. Other 4xx would fail again."""
-    if isinstance(error, Throttled | ServerError):
-        if error.retry_after_seconds is not None:
-            return error.retry_after_seconds
-    elif not isinstance(error, ConnectionFailed):
+    if not may_pass(error):
         return None
+    if isinstance(error, ApiError) and error.retry_after_seconds is not None:
+        return error.retry_after_seconds
     return backoff_seconds(num_failures, first=0.5, most=8.0)
 
 
@@ -247,7 +250,8 @@ def _error_of(response: httpx.Response) -> SftdError:
         code=code,
         param=param,
         request_id=response.headers.get("x-request-id"),
-        retry_after_seconds=_seconds(response.headers.get("retry-after")),
+        retry_after_seconds=_retry_after(response.headers),
+        should_retry=_YES_OR_NO.get(response.headers.get("x-should-retry", "").strip().lower()),
     )
     if isinstance(error, SequenceGap):
         error.expected = int(_number(response.headers.get("x-expected-seq")) or 0)
@@ -277,7 +281,7 @@ def _json(body: Body) -> bytes:
     return TypeAdapter(dict[str, Any]).dump_json(dict(body))
 
 
-def _without_none(params: Params | None) -> dict[str, str | int | float]:
+def _without_none(params: Params | None) -> dict[str, str | int | float | Sequence[str]]:
     return {name: value for name, value in (params or {}).items() if value is not None}
 
 
@@ -285,10 +289,25 @@ def _timeouts(seconds: float) -> httpx.Timeout:
     return httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
 
 
-def _seconds(text: str | None) -> float | None:
-    """Seconds of Retry-After, within reason: a proxy may ask for hours. Its date form counts as absent."""
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds of Retry-After, a number or a date, within reason: a proxy may ask for hours."""
+    text = headers.get("retry-after")
     seconds = _number(text)
+    if seconds is None and text:
+        until = _date(text)
+        # By the server's own clock, where it tells the time: this machine's may be wrong.
+        now = _date(headers.get("date")) or datetime.now(UTC)
+        seconds = max(0.0, (until - now).total_seconds()) if until else None
     return None if seconds is None else min(seconds, MAX_RETRY_AFTER_SECONDS)
+
+
+def _date(text: str | None) -> datetime | None:
+    """The time in a header: `Wed, 21 Oct 2026 07:28:00 GMT`."""
+    try:
+        at = parsedate_to_datetime(text or "")
+    except (ValueError, IndexError, OverflowError):
+        return None
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
 def _number(text: str | None) -> float | None:

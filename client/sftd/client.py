@@ -1,4 +1,4 @@
-"""The Python client: `Client().jobs`, `.files`, `.keys`, `.workers`, `.storage`.
+"""The Python client: `Client().jobs`, `.files`, `.keys`, `.workers`, `.storage`, `.audit`.
 
 from sftd import Client
 
@@ -11,15 +11,18 @@ client.jobs.download(job.id, "result")
 
 import builtins
 from collections.abc import Iterator
-from typing import Literal, Self
+from datetime import datetime
+from typing import Any, Literal, Self
 from urllib.parse import quote
 
-from sftd._transport import Transport
+from pydantic import ConfigDict
+
+from sftd._transport import Params, Transport
 from sftd.discovery import find_address
 from sftd.files import Files
 from sftd.jobs import Jobs
 from sftd.paging import pages
-from sftd.schemas import Collected, Key, KeyRequest, NewKey, Page, Storage, Worker
+from sftd.schemas import Answer, AuditEntry, Collected, Key, KeyRequest, NewKey, Page, Storage, Worker
 
 
 class Client:
@@ -43,6 +46,7 @@ class Client:
         self.keys = Keys(transport)
         self.workers = Workers(transport)
         self.storage = StorageOf(transport)
+        self.audit = Audit(transport)
 
     @property
     def url(self) -> str:
@@ -60,8 +64,16 @@ class Client:
         self.close()
 
 
+class OwnKey(Answer):
+    """The key that asks: whose it is, its limits, and what is used of them."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+    role: str
+
+
 class Keys:
-    """Access keys. Only an administrator may use this."""
+    """Access keys. Only an administrator may use this, but for `me`."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -72,15 +84,33 @@ class Keys:
         name: str,
         role: Literal["admin", "user", "worker"] = "user",
         expires_in_seconds: int | None = None,
+        max_running_jobs: int | None = None,
+        max_queued_jobs: int | None = None,
+        max_gpu_hours_per_month: float | None = None,
     ) -> NewKey:
         """Make a key. Its `secret` is shown this once: `client.keys.create(name="ci").secret`."""
-        request = KeyRequest(name=name, role=role, expires_in_seconds=expires_in_seconds)
+        request = KeyRequest(
+            name=name,
+            role=role,
+            expires_in_seconds=expires_in_seconds,
+            max_running_jobs=max_running_jobs,
+            max_queued_jobs=max_queued_jobs,
+            max_gpu_hours_per_month=max_gpu_hours_per_month,
+        )
         # Not sent again when the answer is lost: that would leave a second key that nobody knows.
         return self._transport.request("POST", "/keys", body=request, max_retries=0).parse(NewKey)
 
     def list(self) -> Iterator[Key]:
         """All keys, without their secrets."""
         return pages(self._transport, "/keys", Key)
+
+    def change(self, key_id: str, **fields: Any) -> Key:
+        """Change a key's limits or expiry; None takes one away: `client.keys.change("key_…", max_running_jobs=2)`."""
+        return self._transport.request("PATCH", f"/keys/{quote(key_id, safe='')}", body=fields).parse(Key)
+
+    def me(self) -> OwnKey:
+        """The key that asks, with its limits and what is used of them: `client.keys.me().name`."""
+        return self._transport.request("GET", "/keys/me").parse(OwnKey)
 
     def delete(self, key_id: str) -> None:
         """Withdraw a key: `client.keys.delete("key_…")`."""
@@ -125,3 +155,30 @@ class StorageOf:
         """Delete now what is not kept; only an administrator may: `client.storage.collect(dry_run=True)`."""
         params = {"dry_run": "true" if dry_run else "false"}
         return self._transport.request("POST", "/storage/collect", params=params).parse(Collected)
+
+
+class Audit:
+    """Who changed what, when. Only an administrator may use this."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def list(
+        self,
+        *,
+        action: str | None = None,
+        key_name: str | None = None,
+        target: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int | None = None,
+    ) -> Iterator[AuditEntry]:
+        """Changes, newest first: `client.audit.list(action="job.cancel", target="job_…")`."""
+        params: Params = {
+            "action": action,
+            "key_name": key_name,
+            "target": target,
+            "since": since.isoformat() if since else None,
+            "until": until.isoformat() if until else None,
+        }
+        return pages(self._transport, "/audit", AuditEntry, params=params, limit=limit)

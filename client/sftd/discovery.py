@@ -1,4 +1,5 @@
-"""Where is the server, and with which key? Arguments, then the environment, then the last server started here.
+"""Where is the server, and with which key? Arguments, then the environment, then what `sftd login` kept
+(`sftd.config`), then the last server started here. A kept key goes to its own server only.
 
 The note of the last server lies in `$XDG_STATE_HOME/sftd/server.json` (or under ~/.local/state). It names the key's
 file, never the key itself.
@@ -11,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from sftd.config import Config, config_path, read_config
 from sftd.errors import ConfigurationError
 
 log = logging.getLogger("sftd.discovery")
@@ -33,18 +35,26 @@ class Address:
 
 
 def find_address(url: str | None = None, key: str | None = None) -> Address:
-    """Settle address and key from what was given, the environment, and the last server started on this machine."""
-    note = find_server()
-    url = url or os.environ.get("SFTD_URL") or (note.url if note else None)
-    if not url:
-        raise ConfigurationError("No server is known: set SFTD_URL, or start one here with `sftd up`.")
+    """Settle address and key from what was given, the environment, `sftd login`, and the last server started here."""
+    url = url or os.environ.get("SFTD_URL")
     key = key or os.environ.get("SFTD_API_KEY") or os.environ.get("SFTD_ADMIN_KEY")
-    # The key of the server here goes to that server only, never to another address.
+    if url and key:
+        return Address(url, key.strip())
+    kept = _kept()
+    note = find_server()
+    url = url or kept.url or (note.url if note else None)
+    if not url:
+        raise ConfigurationError(
+            "No server is known: `sftd login`, set SFTD_URL, or start one here with `sftd up`."
+        )
+    # The key of one server goes to that server only, never to another address.
+    if not key and kept.url and _same(kept.url, url):
+        key = kept.key
     if not key and note and _same(note.url, url):
         key = _read_key(note.key_file)
     if not key:
         raise ConfigurationError(
-            f"No key for {url}: set SFTD_API_KEY (an administrator makes one: `sftd keys add`)."
+            f"No key for {url}: `sftd login`, or set SFTD_API_KEY (an administrator makes one: `sftd keys add`)."
         )
     return Address(url, key.strip())
 
@@ -70,6 +80,15 @@ def remember_server(*, url: str, key_file: Path) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         log.warning("could not note this server for clients on this machine: %s", error)
+
+
+def _kept() -> Config:
+    """What `sftd login` kept; a machine without a home folder has kept nothing."""
+    try:
+        config_path()
+    except ConfigurationError:
+        return Config()
+    return read_config()
 
 
 def _note_path() -> Path:

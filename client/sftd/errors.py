@@ -4,8 +4,9 @@ SftdError
 ├── ConnectionFailed        no answer, none in time, or one that is not ours
 ├── ConfigurationError      no key, no address, an unreadable spec file
 ├── JobFailed               a job that was waited for failed or was cancelled; .job
-├── WaitTimeout             a job that was waited for is still going
-└── ApiError                the server answered with an error; .status .code .param .request_id .retry_after_seconds
+├── FileFailed              the rows of a file that was waited for are wrong; .file
+├── WaitTimeout             what was waited for is still going on; .job
+└── ApiError                the server answered with an error; .status .code .param .request_id .retry_after_seconds .should_retry
     ├── AuthenticationError 401
     ├── PermissionDenied    403
     ├── NotFound            404
@@ -21,7 +22,7 @@ SftdError
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sftd.schemas import Job
+    from sftd.schemas import File, Job
 
 
 class SftdError(Exception):
@@ -48,8 +49,20 @@ class JobFailed(SftdError):
         self.job = job
 
 
+class FileFailed(SftdError):
+    """A file that was waited for cannot be trained on; the message names its lines."""
+
+    def __init__(self, message: str, *, file: "File") -> None:
+        super().__init__(message)
+        self.file = file
+
+
 class WaitTimeout(SftdError, TimeoutError):
-    """The time given to wait for a job is over; the job goes on."""
+    """The time given to wait is over; the job (or the check of a file) goes on. `job` is as it was seen last."""
+
+    def __init__(self, message: str, *, job: "Job | None" = None) -> None:
+        super().__init__(message)
+        self.job = job
 
 
 NOT_OURS = "unknown"  # the code of an error whose answer has none: not an sftd server's
@@ -67,6 +80,7 @@ class ApiError(SftdError):
         param: str | None = None,
         request_id: str | None = None,
         retry_after_seconds: float | None = None,
+        should_retry: bool | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -74,6 +88,7 @@ class ApiError(SftdError):
         self.param = param
         self.request_id = request_id
         self.retry_after_seconds = retry_after_seconds
+        self.should_retry = should_retry  # the server's own word on it, where it gives one
 
     @property
     def is_ours(self) -> bool:
@@ -142,3 +157,10 @@ def error_class(status: int) -> type[ApiError]:
     if status >= 500:
         return ServerError
     return _BY_STATUS.get(status, ApiError)
+
+
+def may_pass(error: SftdError) -> bool:
+    """Whether the same call may succeed later: by the server's word, else no answer, too many calls, a fault of its own."""
+    if isinstance(error, ApiError) and error.should_retry is not None:
+        return error.should_retry
+    return isinstance(error, ConnectionFailed | Throttled | ServerError)

@@ -1,29 +1,41 @@
-"""`client.files`: upload, list, look up, delete; and `fetch_to`, which writes downloads to disk safely."""
+"""`client.files`: upload, list, look up, fetch, delete; and `unpack` and `write_file`, which write downloads safely."""
 
 import hashlib
 import io
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
+from pydantic import ConfigDict
+
 from sftd._transport import Transport
-from sftd.errors import ConfigurationError, ConnectionFailed
+from sftd.errors import ConfigurationError, ConnectionFailed, FileFailed, WaitTimeout
 from sftd.paging import pages
-from sftd.schemas import File
+from sftd.schemas import Answer, File
 
 UPLOAD_TIMEOUT_SECONDS = 600.0  # the server reads and checks every row before it answers
+POLL_SECONDS = 0.5
+
+
+class FileRow(Answer):
+    """A row of a data file as the server understood it: `row.messages` or `row.text`, `row.weights`, `row.tools`."""
+
+    model_config = ConfigDict(extra="allow", ser_json_inf_nan="strings")
+    line: int
 
 
 class Files:
     """Uploaded data files."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, *, pause: Callable[[float], object] = time.sleep) -> None:
         self._transport = transport
+        self._pause = pause
 
     def upload(self, path: str | Path, *, purpose: str = "fine-tune") -> File:
         """Send a data file; the server checks every row: `client.files.upload("rows.jsonl").id`."""
@@ -33,14 +45,16 @@ class Files:
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
         with file:
-            reply = self._transport.upload(
-                "/files",
-                file=file,
-                filename=path.name,
-                fields={"purpose": purpose},
-                timeout_seconds=UPLOAD_TIMEOUT_SECONDS,
-            )
-        return reply.parse(File)
+            return self._send(file, filename=path.name, purpose=purpose)
+
+    def create(
+        self, *, file: str | Path | BinaryIO, purpose: str = "fine-tune", filename: str | None = None
+    ) -> File:
+        """The same for an open binary file too: `client.files.create(file=io.BytesIO(rows), filename="rows.jsonl")`."""
+        if isinstance(file, str | Path):
+            return self.upload(file, purpose=purpose)
+        name = filename or Path(str(getattr(file, "name", "rows.jsonl"))).name
+        return self._send(file, filename=name, purpose=purpose)
 
     def list(self, *, limit: int | None = None) -> Iterator[File]:
         """All files, newest first."""
@@ -48,11 +62,52 @@ class Files:
 
     def retrieve(self, file_id: str) -> File:
         """One file's record: `client.files.retrieve("file_…").num_rows`."""
-        return self._transport.request("GET", f"/files/{quote(file_id, safe='')}").parse(File)
+        return self._transport.request("GET", _path(file_id)).parse(File)
+
+    def content(self, file_id: str) -> bytes:
+        """The file as it was uploaded, in memory; `download` writes a large one to disk."""
+        with self._transport.stream(f"{_path(file_id)}/content") as pieces:
+            return b"".join(pieces)
+
+    def download(self, file_id: str, path: str | Path) -> Path:
+        """Write the file as it was uploaded, checked by its hash: `client.files.download("file_…", "rows.jsonl")`."""
+        path = Path(path)
+        if path.is_dir():
+            raise ConfigurationError(f"{path} is a folder; name the file to write.")
+        file = self.retrieve(file_id)
+        with self._transport.stream(f"{_path(file_id)}/content") as pieces:
+            return write_file(path.parent, path.name, pieces, sha256=file.sha256)
+
+    def rows(self, file_id: str, *, after: int | None = None, limit: int | None = None) -> Iterator[FileRow]:
+        """Rows as they were understood, by line: `[row.line for row in client.files.rows("file_…", limit=3)]`."""
+        return pages(self._transport, f"{_path(file_id)}/rows", FileRow, after=after, limit=limit)
+
+    def wait(self, file_id: str, *, timeout_seconds: float | None = None) -> File:
+        """Wait until the rows of a file are checked and return it; raise FileFailed where they are wrong."""
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while True:
+            file = self.retrieve(file_id)
+            if file.status == "error":
+                raise FileFailed(f"{file.filename}: {file.status_details or 'its rows are wrong'}", file=file)
+            if file.status != "uploaded":
+                return file
+            left = POLL_SECONDS if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise WaitTimeout(f"{file_id} is still being checked after {timeout_seconds or 0:g} s.")
+            self._pause(min(POLL_SECONDS, left))
 
     def delete(self, file_id: str) -> None:
         """Delete a file. Refused while a job that is not done needs it."""
-        self._transport.request("DELETE", f"/files/{quote(file_id, safe='')}")
+        self._transport.request("DELETE", _path(file_id))
+
+    def _send(self, file: BinaryIO, *, filename: str, purpose: str) -> File:
+        return self._transport.upload(
+            "/files",
+            file=file,
+            filename=filename,
+            fields={"purpose": purpose},
+            timeout_seconds=UPLOAD_TIMEOUT_SECONDS,
+        ).parse(File)
 
 
 def unpack(pieces: Iterator[bytes], folder: Path, *, top: str) -> list[Path]:
@@ -106,6 +161,10 @@ def write_file(folder: Path, name: str, pieces: Iterator[bytes], *, sha256: str 
         Path(temporary).unlink(missing_ok=True)
         raise
     return target
+
+
+def _path(file_id: str) -> str:
+    return f"/files/{quote(file_id, safe='')}"
 
 
 def _safe_parts(name: str) -> tuple[str, ...]:

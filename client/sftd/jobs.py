@@ -3,13 +3,13 @@
 import builtins
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 from urllib.parse import quote
 
-from sftd._transport import Transport, backoff_seconds
-from sftd.errors import ConnectionFailed, JobFailed, NotFound, ServerError, Throttled, WaitTimeout
+from sftd._transport import Param, Transport, backoff_seconds
+from sftd.errors import JobFailed, NotFound, SftdError, WaitTimeout, may_pass
 from sftd.files import unpack, write_file
 from sftd.paging import pages
 from sftd.schemas import (
@@ -28,7 +28,11 @@ from sftd.schemas import (
 from sftd.spec import JobSpec
 from sftd.streams import follow
 
+if TYPE_CHECKING:
+    from sftd.plan import Plan
+
 POLL_SECONDS = 1.0
+PLAN_SECONDS = 60.0  # a plan may read a model's files; beside the time that is asked for
 
 
 class Jobs:
@@ -44,10 +48,29 @@ class Jobs:
         Give the fields of a JobSpec, or a whole `spec`; fields then replace those of the spec. The server checks
         all of it and names every mistake at once.
         """
-        whole = (
-            spec.model_dump(mode="json", exclude_none=True) if isinstance(spec, JobSpec) else dict(spec or {})
-        )
-        return self._post("/jobs", {**whole, **fields})
+        return self._post("/jobs", _whole(spec, fields))
+
+    def plan(
+        self,
+        *,
+        spec: JobSpec | Mapping[str, Any] | None = None,
+        wait_seconds: float | None = None,
+        **fields: Any,
+    ) -> "Plan":
+        """What a job would come to, before it is posted: `client.jobs.plan(spec=fields).ok`.
+
+        Give what `create` takes. Problems, rows, steps, memory, disk and time; nothing is queued. The rows of new data
+        are counted by a worker: the server waits for that `wait_seconds` at most, then the plan is not `complete`.
+        """
+        from sftd.plan import Plan  # rarely needed, and its classes take a while to build
+
+        return self._transport.request(
+            "POST",
+            "/jobs/plan",
+            params={"wait": wait_seconds},
+            body=_whole(spec, fields),
+            timeout_seconds=PLAN_SECONDS + (wait_seconds or 0),
+        ).parse(Plan)
 
     def retry(
         self,
@@ -99,13 +122,14 @@ class Jobs:
     def list(
         self,
         *,
-        state: JobState | str | None = None,
+        state: JobState | str | Sequence[JobState | str] | None = None,
         owner: str | None = None,
         metadata: Mapping[str, str] | None = None,
         limit: int | None = None,
     ) -> Iterator[Job]:
-        """Jobs, newest first; further pages are fetched as they are needed."""
-        params = {"state": str(state) if state else None, "owner": owner}
+        """Jobs, newest first; further pages are fetched as they are needed. `state` may be several."""
+        states = [state] if isinstance(state, str) else state or []
+        params: dict[str, Param] = {"state": [str(each) for each in states] or None, "owner": owner}
         params |= {f"metadata[{name}]": value for name, value in (metadata or {}).items()}
         return pages(self._transport, "/jobs", Job, params=params, limit=limit, page_size=100)
 
@@ -126,30 +150,37 @@ class Jobs:
         job_id: str,
         *,
         on_progress: Callable[[Job], object] | None = None,
+        on_trouble: Callable[[SftdError], object] | None = None,
         timeout_seconds: float | None = None,
     ) -> Job:
         """Wait until a job has succeeded and return it; raise JobFailed if it failed or was cancelled.
 
-        A server that goes away in between is waited for. `on_progress` is called with the job about once a second.
+        A server that goes away in between is waited for; with `timeout_seconds` also one that is away at first.
+        `on_progress` is called with the job about once a second, `on_trouble` with what went wrong.
         """
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        job: Job | None = self.retrieve(job_id)  # a wrong id or key shows at once
-        state, num_failures = JobState.QUEUED, 0
+        seen: Job | None = None
+        num_failures = 0
         while True:
-            if job is not None:
-                state = job.state
-                if on_progress:
-                    on_progress(job)
-                if state.terminal:
-                    return _succeeded(job)
-            wait = POLL_SECONDS + (backoff_seconds(num_failures, first=0.5, most=10.0) if num_failures else 0)
-            if deadline is not None and time.monotonic() + wait > deadline:
-                raise WaitTimeout(f"{job_id} is still {state} after {timeout_seconds:g} s.")
-            self._pause(wait)
             try:
-                job, num_failures = self.retrieve(job_id), 0
-            except (ConnectionFailed, ServerError, Throttled):
-                job, num_failures = None, num_failures + 1
+                seen, num_failures = self.retrieve(job_id), 0
+            except SftdError as error:
+                # Without a limit a wrong address must show at once.
+                if not may_pass(error) or (seen is None and deadline is None):
+                    raise
+                num_failures += 1
+                if on_trouble:
+                    on_trouble(error)
+            else:
+                if on_progress:
+                    on_progress(seen)
+                if seen.state.terminal:
+                    return _succeeded(seen)
+            wait = POLL_SECONDS + (backoff_seconds(num_failures, first=0.5, most=10.0) if num_failures else 0)
+            left = wait if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise _still_going(job_id, seen, num_failures, timeout_seconds or 0)
+            self._pause(min(wait, left))
 
     def metrics(
         self,
@@ -158,9 +189,13 @@ class Jobs:
         names: builtins.list[str] | None = None,
         after: int | None = None,
         limit: int | None = None,
+        points: int | None = None,
     ) -> Iterator[MetricPoint]:
-        """Metrics in step order, one point a step: `[point.loss for point in client.jobs.metrics("job_…")]`."""
-        params = {"names": ",".join(names) if names else None}
+        """Metrics in step order, one point a step: `[point.loss for point in client.jobs.metrics("job_…")]`.
+
+        `points` thins them to about so many steps, evenly spaced; rare ones, such as evaluations, all stay.
+        """
+        params: dict[str, Param] = {"names": ",".join(names) if names else None, "points": points}
         return pages(
             self._transport, f"{_path(job_id)}/metrics", MetricPoint, params=params, after=after, limit=limit
         )
@@ -263,6 +298,13 @@ class Jobs:
         return self._transport.request("POST", path, body=body, headers=headers).parse(Job)
 
 
+def _whole(spec: JobSpec | Mapping[str, Any] | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of a spec: an open one, since the server checks it."""
+    if isinstance(spec, JobSpec):
+        return {**spec.model_dump(mode="json", exclude_none=True), **fields}
+    return {**(spec or {}), **fields}
+
+
 def _path(job_id: str) -> str:
     return f"/jobs/{quote(job_id, safe='')}"
 
@@ -275,6 +317,12 @@ def _succeeded(job: Job) -> Job:
     raise JobFailed(
         f"{job.id} failed ({job.failure.reason}): {job.failure.message} {job.failure.remedy}", job=job
     )
+
+
+def _still_going(job_id: str, job: Job | None, num_failures: int, seconds: float) -> WaitTimeout:
+    state = f"{job_id} is still {job.state}" if job else f"{job_id} is not known to be over"
+    silent = "; the server does not answer" if num_failures else ""
+    return WaitTimeout(f"{state} after {round(seconds, 1):g} s{silent}.", job=job)
 
 
 def _made(folder: str | Path) -> Path:

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from pydantic import BaseModel
 from rich.console import Console
@@ -19,20 +21,23 @@ def printable_lines(text: str) -> str:
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
-def print_json(value: BaseModel | Sequence[BaseModel]) -> None:
+def print_json(value: Any) -> None:  # an answer, a list of them, or what holds some
     """Answers, for programs."""
-    whole = (
-        value.model_dump(mode="json")
-        if isinstance(value, BaseModel)
-        else [v.model_dump(mode="json") for v in value]
-    )
-    text = json.dumps(whole, indent=2, ensure_ascii=False)
-    if not text.replace("\n", "").isprintable():
-        # Escapes of JSON in the place of what could steer a terminal.
-        text = "".join(
-            char if char == "\n" or char.isprintable() else json.dumps(char)[1:-1] for char in text
-        )
-    print(text)
+    print(_quoted(json.dumps(_plain(value), indent=2, ensure_ascii=False)))
+
+
+def print_json_line(value: BaseModel, *, flush: bool = False) -> None:
+    """One of many answers, in a line of its own."""
+    print(_quoted(json.dumps(_plain(value), ensure_ascii=False)), flush=flush)
+
+
+def print_facts(values: Mapping[str, object]) -> None:
+    """A name and its value a line; what is not known is left out."""
+    width = max(12, *(len(name) + 2 for name in values))
+    for name, value in values.items():
+        if value is not None:
+            lines = printable_lines(str(value)).replace("\n", "\n" + " " * width)
+            print(f"{name:<{width}}{lines}")
 
 
 def print_csv(points: Sequence[MetricPoint]) -> None:
@@ -114,6 +119,26 @@ def facts(job: Job) -> str:
         left = (job.estimated_finish_at - datetime.now(UTC)).total_seconds()
         parts.append(f"{duration(left)} left")
     return "  ".join(parts)
+
+
+def _plain(value: Any) -> Any:  # anything that JSON can hold
+    """Models as dictionaries; NaN and infinities as the words that the API has for them."""
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump(mode="json"))
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _quoted(text: str) -> str:
+    """JSON with escapes in the place of what could steer a terminal."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(char if char == "\n" or char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 def duration(seconds: float) -> str:

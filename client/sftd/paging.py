@@ -1,9 +1,9 @@
 """Lists that span pages, read as one iterator."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TypeVar
 
-from sftd._transport import Transport
+from sftd._transport import Params, Transport
 from sftd.schemas import Answer, Page
 
 T = TypeVar("T", bound=Answer)
@@ -14,7 +14,7 @@ def pages(
     path: str,
     kind: type[T],
     *,
-    params: Mapping[str, str | int | None] | None = None,
+    params: Params | None = None,
     after: str | int | None = None,
     limit: int | None = None,
     page_size: int | None = None,

@@ -7,7 +7,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from sftd._transport import Transport, backoff_seconds
-from sftd.errors import ConnectionFailed, ServerError, Throttled
+from sftd.errors import ApiError, SftdError, may_pass
 from sftd.schemas import Event, LogLine
 
 T = TypeVar("T", Event, LogLine)
@@ -62,10 +62,11 @@ def follow(
                     if item is not None and item.id > after:
                         after = item.id
                         yield item
-        except ConnectionFailed:
-            pass
-        except (ServerError, Throttled) as error:
-            at_least = error.retry_after_seconds or 0.0
+        except SftdError as error:
+            if not may_pass(error):
+                raise
+            if isinstance(error, ApiError):
+                at_least = error.retry_after_seconds or 0.0
         # Also a stream that simply ended was cut short: the server is being restarted.
         pause(max(at_least, backoff_seconds(num_failures, first=0.2, most=10.0)))
         num_failures += 1

@@ -89,8 +89,11 @@ def _watch(
     log = _LogThread(client, job_id, display) if logs else None
     if log is not None:
         log.start()
+    away = _Away(display)
     try:
-        job = client.jobs.wait(job_id, on_progress=display.show_job, timeout_seconds=timeout_seconds)
+        job = client.jobs.wait(
+            job_id, on_progress=away.show_job, on_trouble=away.show_trouble, timeout_seconds=timeout_seconds
+        )
     except JobFailed:
         if log is not None:
             log.finish()
@@ -98,6 +101,25 @@ def _watch(
     if log is not None:
         log.finish()
     return job
+
+
+class _Away:
+    """Shows the job, and that the server is away: once, not at each try."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._is_away = False
+
+    def show_job(self, job: Job) -> None:
+        if self._is_away:
+            self._display.show_line("(the server is there again)")
+        self._is_away = False
+        self._display.show_job(job)
+
+    def show_trouble(self, error: SftdError) -> None:
+        if not self._is_away:
+            self._display.show_line(f"({error} Waiting for it.)")
+        self._is_away = True
 
 
 class _LogThread(threading.Thread):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sftd import Client
+from sftd import Client, cli
 from sftd._transport import Transport
 
 WORKER_TESTS = Path(__file__).parents[1] / "worker"
@@ -59,7 +59,7 @@ class ScriptedServer:
             def handle_any(self) -> None:
                 scripted.serve(self)
 
-            do_GET = do_POST = do_DELETE = handle_any
+            do_GET = do_POST = do_PATCH = do_DELETE = handle_any
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -92,7 +92,10 @@ class ScriptedServer:
         if answer.cut == 0:
             handler.close_connection = True
             return
-        handler.send_response(answer.status)
+        if "Date" in answer.headers:
+            handler.send_response_only(answer.status)  # without the date of this machine
+        else:
+            handler.send_response(answer.status)
         for name, value in {"Content-Length": str(len(content)), **answer.headers}.items():
             handler.send_header(name, value)
         handler.end_headers()
@@ -162,12 +165,45 @@ def error_answer() -> Callable[..., Answer]:
     return make
 
 
+class Outcome:
+    """What a command left behind."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def sftd(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a command in this process."""
+
+    def run(*argv: object) -> Outcome:
+        try:
+            cli.main([str(word) for word in argv])
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 0
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def at_scripted(scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> ScriptedServer:
+    """The scripted server, which commands call then; nobody waits between two tries."""
+    monkeypatch.setenv("SFTD_URL", scripted.url)
+    monkeypatch.setenv("SFTD_API_KEY", "key")
+    monkeypatch.setattr("sftd._transport.backoff_seconds", lambda *_, **__: 0)
+    return scripted
+
+
 @pytest.fixture(autouse=True)
 def _nothing_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
         if name.startswith("SFTD_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
 # ---------------------------------------------------------------- the real server

@@ -7,70 +7,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import typer
 
 from sftd import cli
+from sftd.cli.app import job_ids
 
 if TYPE_CHECKING:
-    from conftest import Box, ScriptedServer
+    from conftest import Box, Outcome, ScriptedServer
 
 Run = Callable[..., Any]
-COMMANDS = [
-    "up",
-    "submit",
-    "upload",
-    "check",
-    "ls",
-    "show",
-    "logs",
-    "metrics",
-    "events",
-    "wait",
-    "cancel",
-    "pause",
-    "resume",
-    "get",
-    "keys",
-    "workers",
-    "retry",
-    "clone",
-    "change",
-    "priority",
-    "move",
-    "delete",
-    "attempts",
-    "checkpoints",
-    "pin",
-    "unpin",
-    "drain",
-    "undrain",
-    "storage",
-]
-
-
-class Outcome:
-    """What a command left behind."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def sftd(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    def run(*argv: object) -> Outcome:
-        try:
-            cli.main([str(word) for word in argv])
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else 0
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture
@@ -80,7 +30,7 @@ def spec(rows: Path) -> Path:
     return path
 
 
-def test_a_job_by_commands(box: "Box", sftd: Callable[..., Outcome], spec: Path, tmp_path: Path) -> None:
+def test_a_job_by_commands(box: "Box", sftd: Callable[..., "Outcome"], spec: Path, tmp_path: Path) -> None:
     submitted = sftd("submit", spec, "--set", "lora.rank=8", "--set", "metadata.team=cli")
     job_id = submitted.out.strip()
     assert "uploaded as file_" in submitted.err
@@ -114,8 +64,55 @@ def test_a_job_by_commands(box: "Box", sftd: Callable[..., Outcome], spec: Path,
     assert sftd("workers").out.count("\n") == 2
 
 
+def test_what_commands_print_for_programs(
+    box: "Box", sftd: Callable[..., "Outcome"], spec: Path, tmp_path: Path
+) -> None:
+    def told(*argv: object) -> Any:
+        done = sftd(*argv, "--json")
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    job = told("submit", spec, "--follow")
+    job_id = job["id"]
+    assert job["state"] == "succeeded"
+    assert told("wait", job_id)["outcome"] == "met"
+    assert json.loads(sftd("logs", job_id, "--json").out.splitlines()[0])["text"] == "step 1"
+    assert json.loads(sftd("events", job_id, "--json").out.splitlines()[-1])["type"] == "succeeded"
+    assert told("metrics", job_id)[1] == {"step": 2, "loss": 0.5, "nan": "NaN"}
+    assert told("metrics", job_id, "--names", "loss")[0] == {"step": 1, "loss": 1.0}
+    assert told("pin", job_id, 2, "best")["pinned"] == "best"
+    assert told("unpin", job_id, 2)["pinned"] is None
+    assert told("change", job_id, "--set", "name=second")["name"] == "second"
+    assert told("get", job_id, "-o", tmp_path / "out") == {
+        "folder": str(tmp_path / "out"), "files": ["model.txt"],
+    }  # fmt: skip
+    again = told("clone", job_id, "--set", "requires.worker=nobody")["id"]
+    assert told("priority", again, 2)["priority"] == 2
+    assert told("move", again, "--last")["state"] == "queued"
+    assert told("pause", again)["state"] == "paused"
+    assert told("resume", again)["state"] == "queued"
+    assert told("cancel", again)["state"] == "cancelled"
+    assert told("retry", again)["retry_of"] == again
+    assert told("delete", again) == {"id": again, "deleted": True}
+    assert told("check", spec.parent / "rows.jsonl")["num_rows"] == 1
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    wrong = sftd("check", tmp_path / "bad.jsonl", "--json")
+    assert (wrong.code, json.loads(wrong.out)["problems"][0]["line"]) == (2, 1)
+
+
+def test_metrics_are_drawn(box: "Box", sftd: Callable[..., "Outcome"], spec: Path) -> None:
+    job_id = sftd("submit", spec).out.strip()
+    assert sftd("wait", job_id).code == 0
+
+    drawn = sftd("metrics", job_id, "--plot")
+    assert "loss: 1 at step 1, 0.2 at step 5, lowest 0.2 at step 5" in drawn.out
+    assert "eval_loss: nothing reported" in drawn.out
+    assert sftd("metrics", job_id, "--plot", "--names", "nan").out.endswith("nan: 5 not finite\n")
+    assert sftd("metrics", job_id, "--plot", "--csv").code == 2
+
+
 def test_submit_and_follow_shows_the_log_and_ends_with_the_job(
-    box: "Box", sftd: Callable[..., Outcome], spec: Path
+    box: "Box", sftd: Callable[..., "Outcome"], spec: Path
 ) -> None:
     followed = sftd("submit", spec, "--follow")
 
@@ -125,20 +122,20 @@ def test_submit_and_follow_shows_the_log_and_ends_with_the_job(
     assert lines[-1].endswith("is succeeded") or lines[-1] == "step 5"
 
 
-def test_a_failed_job_ends_with_one_and_says_why(
-    box: "Box", sftd: Callable[..., Outcome], spec: Path
+def test_a_wait_for_a_failed_job_ends_with_two_and_says_why(
+    box: "Box", sftd: Callable[..., "Outcome"], spec: Path
 ) -> None:
     box.set_script(steps=3, at=2, end="exception")
     job_id = sftd("submit", spec).out.strip()
 
     waited = sftd("wait", job_id)
 
-    assert waited.code == 1
+    assert waited.code == 2
     assert "failed (diverged): The loss is NaN at step 2. Lower learning_rate" in waited.err
     assert "remedy" in sftd("show", job_id).out
 
 
-def test_a_running_job_is_cancelled(box: "Box", sftd: Callable[..., Outcome], spec: Path) -> None:
+def test_a_running_job_is_cancelled(box: "Box", sftd: Callable[..., "Outcome"], spec: Path) -> None:
     box.set_script(steps=10**6, step_seconds=0.02)
     job_id = sftd("submit", spec).out.strip()
     with box.client() as client:
@@ -147,7 +144,7 @@ def test_a_running_job_is_cancelled(box: "Box", sftd: Callable[..., Outcome], sp
     assert sftd("cancel", job_id).out.startswith(f"{job_id} is ")
     waited = sftd("wait", job_id)
 
-    assert (waited.code, waited.err) == (1, f"sftd: {job_id} was cancelled.\n")
+    assert (waited.code, waited.err) == (3, f"sftd: {job_id} was cancelled.\n")
     assert sftd("resume", job_id).code == 2
 
 
@@ -176,11 +173,11 @@ def test_ctrl_c_leaves_the_job_running_and_says_so(box: "Box", spec: Path) -> No
 
 
 def test_the_life_of_a_job_by_commands(
-    box: "Box", sftd: Callable[..., Outcome], spec: Path, tmp_path: Path
+    box: "Box", sftd: Callable[..., "Outcome"], spec: Path, tmp_path: Path
 ) -> None:
     box.set_script(steps=5, checkpoint_every=2, at=5, end="exception")
     job_id = sftd("submit", spec).out.strip()
-    assert sftd("wait", job_id).code == 1
+    assert sftd("wait", job_id).code == 2
     box.set_script(steps=5, checkpoint_every=2)
 
     listed = sftd("attempts", job_id).out.splitlines()
@@ -210,7 +207,7 @@ def test_the_life_of_a_job_by_commands(
     assert sftd("show", job_id).code == 2
 
 
-def test_a_worker_is_drained_and_undrained(box: "Box", sftd: Callable[..., Outcome]) -> None:
+def test_a_worker_is_drained_and_undrained(box: "Box", sftd: Callable[..., "Outcome"]) -> None:
     name = sftd("workers").out.splitlines()[1].split("\t")[0]
 
     assert "drains" in sftd("drain", name).err
@@ -221,7 +218,7 @@ def test_a_worker_is_drained_and_undrained(box: "Box", sftd: Callable[..., Outco
 
 
 def test_every_mistake_of_a_spec_is_told_at_once(
-    box: "Box", sftd: Callable[..., Outcome], spec: Path
+    box: "Box", sftd: Callable[..., "Outcome"], spec: Path
 ) -> None:
     refused = sftd("submit", spec, "--set", "learning_rate=fast", "--set", "epochs=3")
 
@@ -230,7 +227,7 @@ def test_every_mistake_of_a_spec_is_told_at_once(
     assert "epochs" in refused.err
 
 
-def test_keys_are_made_listed_and_withdrawn(box: "Box", sftd: Callable[..., Outcome]) -> None:
+def test_keys_are_made_listed_and_withdrawn(box: "Box", sftd: Callable[..., "Outcome"]) -> None:
     made = sftd("keys", "add", "ci", "--expires-in-days", "1")
     key_id = made.err.split()[0]
 
@@ -240,7 +237,7 @@ def test_keys_are_made_listed_and_withdrawn(box: "Box", sftd: Callable[..., Outc
     assert key_id not in sftd("keys", "ls").out
 
 
-def test_the_disk_is_shown_and_collected(box: "Box", sftd: Callable[..., Outcome]) -> None:
+def test_the_disk_is_shown_and_collected(box: "Box", sftd: Callable[..., "Outcome"]) -> None:
     shown = sftd("storage")
     assert shown.out.startswith("KIND\tSIZE\ncheckpoints\t")
     assert "are free; 64 MiB are kept in reserve\n" in shown.out
@@ -261,7 +258,7 @@ def test_the_disk_is_shown_and_collected(box: "Box", sftd: Callable[..., Outcome
     assert sftd("storage", "--dry-run").code == 2
 
 
-def test_check_counts_rows_and_names_mistakes(sftd: Callable[..., Outcome], rows: Path) -> None:
+def test_check_counts_rows_and_names_mistakes(sftd: Callable[..., "Outcome"], rows: Path) -> None:
     assert "1 rows, format prompt_completion" in sftd("check", rows).out
     rows.write_text('{"prompt": "a"}\n')
     refused = sftd("check", rows)
@@ -270,7 +267,7 @@ def test_check_counts_rows_and_names_mistakes(sftd: Callable[..., Outcome], rows
 
 
 def test_no_server_ends_with_three(
-    sftd: Callable[..., Outcome], scripted: "ScriptedServer", monkeypatch: pytest.MonkeyPatch
+    sftd: Callable[..., "Outcome"], scripted: "ScriptedServer", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted.close()
     monkeypatch.setenv("SFTD_URL", scripted.url)
@@ -283,7 +280,7 @@ def test_no_server_ends_with_three(
     assert "Nothing listens" in failed.err
 
 
-def test_mistakes_in_the_call_end_with_two(sftd: Callable[..., Outcome]) -> None:
+def test_mistakes_in_the_call_end_with_two(sftd: Callable[..., "Outcome"]) -> None:
     assert sftd("ls").code == 2  # no address
     assert sftd("submit").code == 2
     assert sftd("nonsense").code == 2
@@ -291,7 +288,7 @@ def test_mistakes_in_the_call_end_with_two(sftd: Callable[..., Outcome]) -> None
 
 
 def test_a_log_line_cannot_steer_the_terminal(
-    sftd: Callable[..., Outcome], scripted: "ScriptedServer", answer: Run, monkeypatch: pytest.MonkeyPatch
+    sftd: Callable[..., "Outcome"], scripted: "ScriptedServer", answer: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SFTD_URL", scripted.url)
     monkeypatch.setenv("SFTD_API_KEY", "key")
@@ -309,11 +306,43 @@ def test_a_log_line_cannot_steer_the_terminal(
     assert "[red]x[/red]" in out
 
 
-def test_every_command_explains_itself(sftd: Callable[..., Outcome]) -> None:
-    listed = sftd("--help").out
+def commands(group: Any = None, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with the words that call it."""
+    group = group or typer.main.get_command(cli.app)
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *path, name)
+        else:
+            yield (*path, name), command
 
+
+def test_every_command_explains_itself_and_is_documented(sftd: Callable[..., "Outcome"]) -> None:
     documented = (Path(__file__).parents[2] / "docs/cli.md").read_text()
-    for command in COMMANDS:
-        assert command in listed
-        assert f"`sftd {command}" in documented
-        assert sftd(command, "--help").code == 0
+    for path, _ in commands():
+        assert f"`sftd {' '.join(path)}" in documented, path
+        assert sftd(*path, "--help").code == 0
+
+
+def test_every_command_prints_json_for_programs() -> None:
+    for path, command in commands():
+        options = [name for param in command.params for name in param.opts]
+        assert "--json" in options or path == ("admin",), path  # admin is the server's own
+
+
+def test_options_that_the_help_names_are_documented() -> None:
+    documented = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    for path, command in commands():
+        for param in command.params:
+            for name in param.opts:
+                assert not name.startswith("--") or name in documented, (path, name)
+
+
+def test_the_shell_completes_jobs(box: "Box", sftd: Callable[..., "Outcome"], spec: Path) -> None:
+    job_id = sftd("submit", spec).out.strip()
+
+    assert job_id in [each for each, _ in job_ids("job_")]
+    assert job_ids("nothing") == []
+
+
+def test_completion_gives_up_at_once_without_a_server() -> None:
+    assert job_ids("job_") == []

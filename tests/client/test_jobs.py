@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sftd.errors import ConfigurationError, ConnectionFailed, JobFailed, NotFound, WaitTimeout
+from sftd.errors import (
+    ConfigurationError,
+    ConnectionFailed,
+    FileFailed,
+    JobFailed,
+    NotFound,
+    SftdError,
+    WaitTimeout,
+)
 from sftd.schemas import Job, JobState
 
 if TYPE_CHECKING:
@@ -71,7 +79,10 @@ def test_filters_reach_the_server(scripted: "ScriptedServer", answer: Callable[.
 
     list(scripted.client().jobs.list(state=JobState.RUNNING, owner="me", metadata={"team": "q"}))
 
+    list(scripted.client().jobs.list(state=["running", JobState.PAUSED]))
+
     assert "state=running&owner=me&metadata%5Bteam%5D=q" in scripted.requests[0].path
+    assert "state=running&state=paused" in scripted.requests[1].path
 
 
 def test_nan_in_metrics_is_a_number(scripted: "ScriptedServer", answer: Callable[..., Any]) -> None:
@@ -117,6 +128,47 @@ def test_wait_gives_up_when_its_time_is_over(
 
     with pytest.raises(WaitTimeout, match="still running"):
         scripted.client().jobs.wait("job_1", timeout_seconds=0)
+
+
+def test_wait_with_a_limit_also_waits_for_a_server_that_is_away_at_first(
+    scripted: "ScriptedServer", answer: Callable[..., Any], job_answer: Callable[..., Any]
+) -> None:
+    scripted.will_answer(answer(cut=0), answer(cut=0), job_answer(state="succeeded"))
+    client = scripted.client(max_retries=0)
+    troubles: list[SftdError] = []
+
+    with pytest.raises(ConnectionFailed):
+        client.jobs.wait("job_1")
+    job = client.jobs.wait("job_1", timeout_seconds=30, on_trouble=troubles.append)
+
+    assert (job.state, len(troubles)) == ("succeeded", 1)
+
+
+def test_a_wait_that_gives_up_tells_what_it_saw(
+    scripted: "ScriptedServer", job_answer: Callable[..., Any], error_answer: Callable[..., Any]
+) -> None:
+    scripted.will_answer(job_answer(state="running", step=3))
+    with pytest.raises(WaitTimeout, match="still running") as raised:
+        scripted.client().jobs.wait("job_1", timeout_seconds=0)
+    assert raised.value.job
+    assert raised.value.job.step == 3
+
+    scripted.will_answer(error_answer(503))
+    with pytest.raises(WaitTimeout, match="does not answer"):
+        scripted.client(max_retries=0).jobs.wait("job_1", timeout_seconds=0)
+
+
+def test_a_plan_takes_what_create_takes(scripted: "ScriptedServer", answer: Callable[..., Any]) -> None:
+    nothing = "incomplete spec training validation overlap packing steps parameters disk time"  # not known
+    body = {"ok": False, "complete": True, "problems": [], "memory": [], **dict.fromkeys(nothing.split())}
+    scripted.will_answer(answer(body=body))
+
+    plan = scripted.client().jobs.plan(spec={"base_model": "org/model"}, training_file="f", wait_seconds=2)
+    scripted.client().jobs.plan(base_model="org/model")
+
+    assert (plan.ok, plan.training) == (False, None)
+    assert [request.path for request in scripted.requests] == ["/jobs/plan?wait=2", "/jobs/plan"]
+    assert scripted.requests[0].json == {"base_model": "org/model", "training_file": "f"}
 
 
 def test_follow_takes_up_a_lost_stream_where_it_broke(
@@ -237,6 +289,82 @@ def test_a_checkpoint_file_with_another_hash_is_refused(
         scripted.client().jobs.download_checkpoint("job_1", tmp_path / "out")
 
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# ---------------------------------------------------------------- files
+
+
+def file_body(**fields: Any) -> dict[str, Any]:
+    return {
+        "id": "file_1",
+        "filename": "rows.jsonl",
+        "purpose": "fine-tune",
+        "bytes": 4,
+        "sha256": hashlib.sha256(b"rows").hexdigest(),
+        "status": "processed",
+        "format": "text",
+        "num_rows": 1,
+        "created_at": "2026-01-01T00:00:00Z",
+        **fields,
+    }
+
+
+def test_a_file_is_waited_for_until_its_rows_are_checked(
+    scripted: "ScriptedServer", answer: Callable[..., Any]
+) -> None:
+    client = scripted.client()
+    client.files._pause = scripted.pauses.append
+    scripted.will_answer(answer(body=file_body(status="uploaded")), answer(body=file_body()))
+    assert client.files.wait("file_1").status == "processed"
+
+    wrong = file_body(status="error", status_details="line 3, text: is missing")
+    scripted.will_answer(answer(body=wrong))
+    with pytest.raises(FileFailed, match="line 3") as raised:
+        client.files.wait("file_1")
+    assert raised.value.file.status == "error"
+
+    scripted.will_answer(answer(body=file_body(status="uploaded")))
+    with pytest.raises(WaitTimeout, match="still being checked"):
+        client.files.wait("file_1", timeout_seconds=0)
+
+
+def test_a_file_is_written_only_if_it_is_the_one_on_record(
+    scripted: "ScriptedServer", answer: Callable[..., Any], tmp_path: Path
+) -> None:
+    scripted.will_answer(answer(body=file_body()), answer(body=b"rows"))
+    path = scripted.client().files.download("file_1", tmp_path / "new/rows.jsonl")
+    assert path.read_bytes() == b"rows"
+
+    scripted.will_answer(answer(body=file_body()), answer(body=b"evil"))
+    with pytest.raises(ConnectionFailed, match="hash differs"):
+        scripted.client().files.download("file_1", tmp_path / "evil")
+    with pytest.raises(ConfigurationError, match="is a folder"):
+        scripted.client().files.download("file_1", tmp_path)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_rows_come_page_by_page(scripted: "ScriptedServer", answer: Callable[..., Any]) -> None:
+    scripted.will_answer(
+        answer(body=page({"line": 7, "text": "a"}, next_after=7)), answer(body=page({"line": 8, "text": "b"}))
+    )
+
+    rows = list(scripted.client().files.rows("file_1", after=6))
+
+    assert [(row.line, row.model_dump()["text"]) for row in rows] == [(7, "a"), (8, "b")]
+    assert [request.path for request in scripted.requests] == [
+        "/files/file_1/rows?after=6",
+        "/files/file_1/rows?after=7",
+    ]
+
+
+def test_an_open_file_is_uploaded_too(box: "Box", rows: Path) -> None:
+    with box.client() as client:
+        made = client.files.create(file=io.BytesIO(rows.read_bytes()), filename="memory.jsonl")
+        with rows.open("rb") as file:
+            assert client.files.create(file=file).filename == "rows.jsonl"
+
+        assert (made.filename, made.num_rows) == ("memory.jsonl", 1)
+        assert client.files.content(made.id) == rows.read_bytes()
 
 
 # ---------------------------------------------------------------- the real server

@@ -74,6 +74,42 @@ def test_retry_after_is_honoured_within_reason(
     assert scripted.pauses == [7, 60]
 
 
+def test_a_date_in_retry_after_is_taken_by_the_servers_own_clock(
+    scripted: "ScriptedServer", error_answer: Callable[..., Any], job_answer: Callable[..., Any]
+) -> None:
+    at = {"Date": "Wed, 21 Oct 2015 07:28:00 GMT", "Retry-After": "Wed, 21 Oct 2015 07:28:09 GMT"}
+    past = {"Retry-After": "Wed, 21 Oct 2015 07:28:09 GMT"}
+    future = {"Retry-After": "Wed, 21 Oct 2115 07:28:09 GMT"}
+    answers = [error_answer(503, headers=headers) for headers in (at, past, future)]
+    scripted.will_answer(*answers, error_answer(503, headers={"Retry-After": "soon"}), job_answer())
+
+    scripted.client(max_retries=4).jobs.retrieve("job_1")
+
+    assert scripted.pauses[:3] == [9, 0, 60]
+    assert 0 <= scripted.pauses[3] <= 8
+
+
+def test_the_server_says_what_is_worth_another_try(
+    scripted: "ScriptedServer", error_answer: Callable[..., Any], job_answer: Callable[..., Any]
+) -> None:
+    scripted.will_answer(error_answer(429, headers={"x-should-retry": "false", "Retry-After": "1"}))
+    with pytest.raises(errors.Throttled) as raised:
+        scripted.client().jobs.retrieve("job_1")
+    assert (raised.value.should_retry, len(scripted.requests)) == (False, 1)
+
+    scripted.will_answer(error_answer(409, headers={"x-should-retry": "true"}), job_answer())
+    assert scripted.client().jobs.retrieve("job_1").id == "job_1"
+
+
+def test_a_stream_that_the_server_refuses_for_good_is_not_asked_for_again(
+    scripted: "ScriptedServer", error_answer: Callable[..., Any], job_answer: Callable[..., Any]
+) -> None:
+    scripted.will_answer(job_answer(), error_answer(429, headers={"x-should-retry": "false"}))
+
+    with pytest.raises(errors.Throttled):
+        list(scripted.client().jobs.follow("job_1"))
+
+
 def test_a_broken_connection_is_tried_again(
     scripted: "ScriptedServer", answer: Callable[..., Any], job_answer: Callable[..., Any]
 ) -> None:

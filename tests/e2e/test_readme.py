@@ -19,7 +19,10 @@ def test_the_examples_of_the_readme_run(
 ) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     small = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**service.environment, "MODEL": service.model, "GITHUB_SHA": "0" * 40, "PATH": small}
+    environment = {
+        **service.environment, "MODEL": service.model, "PATH": small,
+        "GITHUB_SHA": "0" * 40, "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"),
+    }  # fmt: skip
     if language == "bash":
         command = ["bash", "-euo", "pipefail", "-c", code]
     else:
@@ -34,6 +37,9 @@ def test_the_examples_of_the_readme_run(
     if name == "cli":
         assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
         assert "loss" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    if name == "ci":
+        assert 'failures="0"' in (tmp_path / "sftd.xml").read_text()
+        assert "| met |" in (tmp_path / "summary.md").read_text()
     if name == "curl":
         assert list(tmp_path.glob("job_*/adapter_model.safetensors"))
     if name == "python":
