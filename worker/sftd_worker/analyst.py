@@ -124,7 +124,14 @@ class Analyst:
             (folder / ANALYSIS_FILE).write_text(job.model_dump_json(), encoding="utf-8")
             return self._run_process(task, folder)
 
+    def _await_warm(self) -> None:
+        """A warm parent at its imports is waited for: they would take no less time in a process of its own."""
+        while self._worker.warm is not None and self._worker.warm.starting:
+            if self._stopped.wait(0.1):
+                return
+
     def _run_process(self, task: AnalysisTask, folder: Path) -> AnalysisReport:
+        self._await_warm()
         worker, over = self._worker, threading.Event()
         environment = trainer_environment(
             os.environ,

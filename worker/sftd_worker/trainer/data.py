@@ -135,7 +135,7 @@ def look_over(
                 unfinished.rename(partial)
                 # Last: with it the other one is known to be whole.
                 with _unfinished(told) as written:
-                    written.write_text(json.dumps(asdict(problems)))
+                    written.write_text(problems.to_json())
                     written.rename(told)
     if cached.exists():
         table = Dataset.from_file(str(cached))
@@ -242,6 +242,10 @@ class _Problems:
         self.num_problems += 1
         if len(self.found) < self.most:
             self.found.append(problem)
+
+    def to_json(self) -> str:
+        found = [asdict(problem) for problem in self.found]
+        return json.dumps({"num_problems": self.num_problems, "formats": dict(self.formats), "found": found})
 
     def as_error(self) -> RowsInvalid:
         return RowsInvalid(self.name, self.found, self.num_problems)
