@@ -224,6 +224,8 @@ def backoff_seconds(num_failures: int, *, first: float, most: float) -> float:
 def _pause_before_retry(error: SftdError, num_failures: int) -> float | None:
     """Seconds to wait before the call is sent again, or None: it must not be. Other 4xx would fail again."""
     if isinstance(error, Throttled | ServerError):
+        if not error.may_retry:
+            return None
         if error.retry_after_seconds is not None:
             return error.retry_after_seconds
     elif not isinstance(error, ConnectionFailed):
@@ -248,6 +250,7 @@ def _error_of(response: httpx.Response) -> SftdError:
         param=param,
         request_id=response.headers.get("x-request-id"),
         retry_after_seconds=_seconds(response.headers.get("retry-after")),
+        may_retry=response.headers.get("x-should-retry") != "false",
     )
     if isinstance(error, SequenceGap):
         error.expected = int(_number(response.headers.get("x-expected-seq")) or 0)

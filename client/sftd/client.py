@@ -1,4 +1,4 @@
-"""The Python client: `Client().jobs`, `.files`, `.keys`, `.workers`, `.storage`.
+"""The Python client: `Client().jobs`, `.files`, `.keys`, `.audit`, `.workers`, `.storage`.
 
 from sftd import Client
 
@@ -11,6 +11,7 @@ client.jobs.download(job.id, "result")
 
 import builtins
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Literal, Self
 from urllib.parse import quote
 
@@ -19,7 +20,7 @@ from sftd.discovery import find_address
 from sftd.files import Files
 from sftd.jobs import Jobs
 from sftd.paging import pages
-from sftd.schemas import Collected, Key, KeyRequest, NewKey, Page, Storage, Worker
+from sftd.schemas import AuditEntry, Collected, Key, KeyRequest, NewKey, OwnKey, Page, Storage, Worker
 
 
 class Client:
@@ -41,6 +42,7 @@ class Client:
         self.jobs = Jobs(transport)
         self.files = Files(transport)
         self.keys = Keys(transport)
+        self.audit = Audit(transport)
         self.workers = Workers(transport)
         self.storage = StorageOf(transport)
 
@@ -72,9 +74,19 @@ class Keys:
         name: str,
         role: Literal["admin", "user", "worker"] = "user",
         expires_in_seconds: int | None = None,
+        max_running_jobs: int | None = None,
+        max_queued_jobs: int | None = None,
+        max_gpu_hours_per_month: float | None = None,
     ) -> NewKey:
-        """Make a key. Its `secret` is shown this once: `client.keys.create(name="ci").secret`."""
-        request = KeyRequest(name=name, role=role, expires_in_seconds=expires_in_seconds)
+        """Make a key. Its `secret` is shown this once: `client.keys.create(name="ci", max_queued_jobs=20).secret`."""
+        request = KeyRequest(
+            name=name,
+            role=role,
+            expires_in_seconds=expires_in_seconds,
+            max_running_jobs=max_running_jobs,
+            max_queued_jobs=max_queued_jobs,
+            max_gpu_hours_per_month=max_gpu_hours_per_month,
+        )
         # Not sent again when the answer is lost: that would leave a second key that nobody knows.
         return self._transport.request("POST", "/keys", body=request, max_retries=0).parse(NewKey)
 
@@ -82,9 +94,47 @@ class Keys:
         """All keys, without their secrets."""
         return pages(self._transport, "/keys", Key)
 
+    def me(self) -> OwnKey:
+        """The key in use and what is used of its limits; anybody may ask: `client.keys.me().gpu_hours_this_month`."""
+        return self._transport.request("GET", "/keys/me").parse(OwnKey)
+
+    def change(self, key_id: str, **changes: int | float | None) -> Key:
+        """Set limits or `expires_in_seconds`; what is not named stays, None takes a limit away:
+        `client.keys.change("key_…", max_running_jobs=2, max_gpu_hours_per_month=None)`."""
+        path = f"/keys/{quote(key_id, safe='')}"
+        return self._transport.request("PATCH", path, body=changes).parse(Key)
+
     def delete(self, key_id: str) -> None:
         """Withdraw a key: `client.keys.delete("key_…")`."""
         self._transport.request("DELETE", f"/keys/{quote(key_id, safe='')}")
+
+
+class Audit:
+    """Every change that was made, and by whom. Only an administrator may use this."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def list(
+        self,
+        *,
+        action: str | None = None,
+        key_name: str | None = None,
+        target: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: int | None = None,
+        limit: int | None = None,
+    ) -> Iterator[AuditEntry]:
+        """Changes, newest first: `client.audit.list(action="job.delete", limit=10)`; `action="job"` is all of jobs."""
+        params = {
+            "action": action,
+            "key_name": key_name,
+            "target": target,
+            "since": since and since.isoformat(),
+            "until": until and until.isoformat(),
+        }
+        return pages(self._transport, "/audit", AuditEntry, params=params, after=after, limit=limit)
 
 
 class Workers:

@@ -67,6 +67,7 @@ class ApiError(SftdError):
         param: str | None = None,
         request_id: str | None = None,
         retry_after_seconds: float | None = None,
+        may_retry: bool = True,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -74,6 +75,7 @@ class ApiError(SftdError):
         self.param = param
         self.request_id = request_id
         self.retry_after_seconds = retry_after_seconds
+        self.may_retry = may_retry  # False: the server says that the same call would fail again
 
     @property
     def is_ours(self) -> bool:
@@ -116,7 +118,7 @@ class UpgradeRequired(ApiError):
 
 
 class Throttled(ApiError):
-    """429: too many requests."""
+    """429: too many requests, or a limit of the key is reached (code `limit_reached`); then waiting a moment is no use."""
 
 
 class ServerError(ApiError):

@@ -21,7 +21,7 @@ from sftd_server.auth import Caller
 from sftd_server.db import touch
 from sftd_server.errors import Conflict, Invalid, NotFound
 from sftd_server.ids import new_id
-from sftd_server.jobs import accounts, dependencies
+from sftd_server.jobs import accounts, dependencies, limits
 from sftd_server.jobs.states import LEASED, TERMINAL, Facts, Trigger, next_state
 from sftd_server.tables import CheckpointRow, EventRow, FileRow, JobRow
 
@@ -104,6 +104,7 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
         )
         if earlier:
             return earlier
+    limits.require_place(session, submission.owner, now)
     _require_files(session, submission.inputs)
     spec, origin = submission.spec, submission.origin or Origin("Waiting for a worker.")
     _require_base(session, spec.base_model, submission.inputs)
@@ -298,6 +299,8 @@ def resume(session: Session, job_id: str, caller: Caller, now: datetime) -> None
         note = Note("resumed", f"{caller.name} took the pause back.")
         wish(session, row, Want.RUN, note, now, values={"pause_reason": None})
         return
+    if row.state == JobState.PAUSED:
+        limits.require_place(session, row.owner, now)
     dependencies.hold_needed(session, row)
     note = Note("queued", f"Resumed by {caller.name}; waiting for a worker.")
     # Its user knows better than the disk, which does not tell of quotas.
@@ -392,6 +395,8 @@ def move(
     for note in notes:
         add_event(session, row, note, now, attempt=attempt)
     wakes = to is JobState.QUEUED or (to is JobState.SUCCEEDED and dependencies.is_needed(session, row))
+    if row.state in LEASED and to not in LEASED and not wakes:
+        wakes = limits.bounds_running(session, row.owner)  # another of its owner's may start
     touch(session, f"want:{row.id}", *(["queue"] if wakes else []))
     if to in (JobState.FAILED, JobState.CANCELLED):
         _fail_those_waiting_for(session, row, now)
