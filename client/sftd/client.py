@@ -127,12 +127,12 @@ class Audit:
         limit: int | None = None,
     ) -> Iterator[AuditEntry]:
         """Changes, newest first: `client.audit.list(action="job.delete", limit=10)`; `action="job"` is all of jobs."""
-        params = {
+        params: dict[str, str | int | None] = {
             "action": action,
             "key_name": key_name,
             "target": target,
-            "since": since and since.isoformat(),
-            "until": until and until.isoformat(),
+            "since": since.isoformat() if since else None,
+            "until": until.isoformat() if until else None,
         }
         return pages(self._transport, "/audit", AuditEntry, params=params, after=after, limit=limit)
 

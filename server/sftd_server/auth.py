@@ -22,6 +22,7 @@ from sqlmodel import Session, col, delete, select, update
 from starlette.datastructures import Headers
 
 from sftd.schemas import Key, KeyChange, KeyRequest, NewKey
+from sftd_server.audit import service as audit
 from sftd_server.clock import Clock
 from sftd_server.db import Database, touch
 from sftd_server.errors import Conflict, Forbidden, Invalid, NotFound, Unauthorized
@@ -96,8 +97,10 @@ class Keyring:
             return
 
         def work(session: Session) -> None:
-            session.exec(delete(KeyRow).where(col(KeyRow.id) == row.id))
+            replaced = session.exec(delete(KeyRow).where(col(KeyRow.id) == row.id)).rowcount
             session.add(KeyRow(**row.model_dump()))
+            action = "key.change" if replaced else "key.create"
+            audit.add_own(session, row.created_at, action, row.id, name=row.name, role=row.role)
             touch(session, _TOPIC)
 
         await self._db.write(work)
@@ -119,6 +122,7 @@ class Keyring:
                     f"There is a key named {row.name!r}; names are unique.", code="name_taken", param="name"
                 )
             session.add(KeyRow(**row.model_dump()))
+            audit.describe(session, **_told(row.model_dump(include={"name", "role", "expires_at", *LIMITS})))
             touch(session, _TOPIC)
 
         await self._db.write(work)
@@ -144,6 +148,7 @@ class Keyring:
             _check_limits(row.role, values)
             if values:
                 session.exec(update(KeyRow).where(col(KeyRow.id) == key_id).values(**values))
+                audit.describe(session, name=row.name, changed=_told(values))
                 touch(session, _TOPIC, "queue")  # more of its jobs may start
             return Key.model_validate({**row.model_dump(), **values})
 
@@ -165,6 +170,9 @@ class Keyring:
 
         def work(session: Session) -> int:
             touch(session, _TOPIC, "queue")  # its jobs stay, and nothing limits them any more
+            row = session.exec(select(KeyRow).where(KeyRow.id == key_id)).first()
+            if row is not None:
+                audit.describe(session, name=row.name, role=row.role)
             return session.exec(delete(KeyRow).where(col(KeyRow.id) == key_id)).rowcount
 
         if not await self._db.write(work):
@@ -255,6 +263,12 @@ def _row(
         expires_at=expires_at,
         **limits,
     )
+
+
+def _told(values: Mapping[str, Any]) -> dict[str, Any]:  # columns, as JSON
+    return {
+        name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()
+    }
 
 
 def _check_limits(role: str, limits: Mapping[str, Any]) -> None:  # columns of several types

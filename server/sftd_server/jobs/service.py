@@ -17,6 +17,7 @@ from sqlmodel import Session, col, select, update
 from sftd.protocol import BaseRef, InputFile
 from sftd.schemas import FailureReason, JobState, PauseReason, Want
 from sftd.spec import JOB_REFERENCE, JobSpec
+from sftd_server.audit import service as audit
 from sftd_server.auth import Caller
 from sftd_server.db import touch
 from sftd_server.errors import Conflict, Invalid, NotFound
@@ -134,6 +135,7 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
     dependencies.replace(session, row, spec.after)
     add_event(session, row, Note("queued", origin.verb), now)
     touch(session, "queue")
+    audit.describe(session, name=row.name, base_model=row.base_model, method=row.method)
     return row.id
 
 
@@ -250,6 +252,8 @@ def own_job(session: Session, job_id: str, caller: Caller) -> JobRow:
     """The row of a job that the caller may change, locked. Raises NotFound, Forbidden."""
     row = find_job(session, job_id, lock=True)
     caller.require_owner(row.owner)
+    if row.owner != caller.name:
+        audit.mention(session, owner=row.owner)
     return row
 
 
