@@ -283,13 +283,14 @@ def _translated(request: Request, error: StarletteHTTPException) -> ApiError:
 
 
 def _methods(request: Request) -> list[str]:
-    """The methods that a path has."""
-    found: set[str] = set()
+    """The methods that a path has: `/keys/me` has its own, not those of `/keys/{key_id}` as well."""
+    path = request.url.path
+    found: dict[str, set[str]] = {}
     for route in _flat(request.app.routes):
         pattern = getattr(route, "path_regex", None)
-        if pattern is not None and pattern.match(request.url.path):
-            found.update(route.methods or ())
-    return sorted(found)
+        if pattern is not None and pattern.match(path):
+            found.setdefault(route.path, set()).update(route.methods or ())
+    return sorted(found.get(path) or set().union(*found.values()))
 
 
 def _flat(

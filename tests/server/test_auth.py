@@ -10,7 +10,9 @@ EXPECTED = {
     # route → status by role; what is not here: users and admins pass the gate, workers get 403
     ("POST", "/keys"): {"admin": 422, "user": 403, "worker": 403},
     ("GET", "/keys"): {"admin": 200, "user": 403, "worker": 403},
+    ("PATCH", "/keys/{key_id}"): {"admin": 422, "user": 403, "worker": 403},
     ("DELETE", "/keys/{key_id}"): {"admin": 404, "user": 403, "worker": 403},
+    ("GET", "/audit"): {"admin": 200, "user": 403, "worker": 403},
     ("POST", "/workers/{worker_id}/drain"): {"admin": 404, "user": 403, "worker": 403},
     ("POST", "/workers/{worker_id}/undrain"): {"admin": 404, "user": 403, "worker": 403},
     ("POST", "/storage/collect"): {"admin": 200, "user": 403, "worker": 403},
