@@ -16,6 +16,14 @@ from sftd_server.jobs import accounts
 from sftd_server.jobs.states import LEASED
 from sftd_server.tables import AttemptRow, GpuMonthRow, JobRow, KeyRow
 
+_LIMITED = select(KeyRow).where(
+    or_(
+        col(KeyRow.max_running_jobs).is_not(None),
+        col(KeyRow.max_queued_jobs).is_not(None),
+        col(KeyRow.max_gpu_hours_per_month).is_not(None),
+    )
+)
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -58,14 +66,7 @@ class Standing:
 
 def standings(session: Session, now: datetime, *, owner: str | None = None) -> dict[str, Standing]:
     """Of all owners whose keys have limits, or of one."""
-    keys = select(KeyRow).where(
-        or_(
-            col(KeyRow.max_running_jobs).is_not(None),
-            col(KeyRow.max_queued_jobs).is_not(None),
-            col(KeyRow.max_gpu_hours_per_month).is_not(None),
-        )
-    )
-    rows = session.exec(keys if owner is None else keys.where(KeyRow.name == owner)).all()
+    rows = session.exec(_LIMITED if owner is None else _LIMITED.where(KeyRow.name == owner)).all()
     return _standings(session, rows, now) if rows else {}
 
 
