@@ -15,7 +15,6 @@ from sftd_server.strict_json import MAX_INTEGER
 
 ServerDep = Annotated[Server, Depends(server_of)]
 CallerDep = Annotated[Caller, Depends(caller_of)]
-Text = Annotated[str | None, Query(max_length=128)]
 
 router = APIRouter(prefix="/audit", tags=["server"], responses=error_responses())
 
@@ -27,8 +26,8 @@ async def list_entries(
     action: Annotated[
         str | None, Query(max_length=64, description="`job.delete`; or `job`, for all that was done to jobs.")
     ] = None,
-    key_name: Text = None,
-    target: Annotated[str | None, Query(max_length=128, description="Id of what was changed.")] = None,
+    key_name: Annotated[str | None, Query(max_length=128, description="Whose changes.")] = None,
+    target: Annotated[str | None, Query(max_length=200, description="Id of what was changed.")] = None,
     since: Annotated[datetime | None, Query(description="From then on; without a zone it is UTC.")] = None,
     until: Annotated[datetime | None, Query(description="Before then; without a zone it is UTC.")] = None,
     after: Annotated[

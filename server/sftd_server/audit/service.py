@@ -30,7 +30,7 @@ _PREFIXES = {"v1", "fine_tuning"}  # of a path, which say nothing of what is don
 _BY_METHOD = {"DELETE": "delete", "PATCH": "change", "PUT": "change", "POST": "change"}
 _PARAMETER = re.compile(r"^{(\w+)(?::\w+)?}$")
 _CHANGES, _TOLD = "audit_changes", "audit_told"
-_MOST_CHARS = 200  # of a detail
+_MOST_CHARS = 200  # of a target and of a detail
 
 
 @dataclass
@@ -140,7 +140,8 @@ class Recorder:
                 result = work(session)
                 session.flush()
             finally:
-                del info[_CHANGES], session.info[_TOLD]
+                info.pop(_CHANGES, None)  # a connection that broke has forgotten it
+                session.info.pop(_TOLD, None)
             if changes.num or told.happened:
                 targets.add(self._add(session, changes, told))
             return result

@@ -86,10 +86,8 @@ def _next_job(
     if place.draining:
         return None
     for found in scheduling.next_jobs(session, place, settings, now):
-        if not limits.may_start(
-            session, found.owner, now
-        ):  # another server has just started one of the owner's
-            continue
+        if not limits.may_start(session, found.owner, now):
+            continue  # another server has just started one of the owner's
         query = select(JobRow).where(JobRow.number == found.number, scheduling.is_ready(now))
         row = session.exec(query.with_for_update(skip_locked=True, of=JobRow)).first()
         inputs = _pinned(session, row, now) if row is not None else None
