@@ -135,16 +135,19 @@ def test_a_raised_limit_counts_at_once(box, limited) -> None:
     assert box.try_claim().status_code == 200
 
 
-def test_claims_of_two_servers_do_not_pass_max_running_jobs_together(make_box, tmp_path) -> None:
+def test_posts_and_claims_of_two_servers_do_not_pass_a_limit_together(make_box, tmp_path) -> None:
     box = make_box()
     if not box.server.db.shared:
         pytest.skip("several servers share PostgreSQL only")
     other = start_box(tmp_path / "data", database_url=box.server.settings.database_url)
     try:
-        secret = box.admin.post("/keys", json={"name": "ci", "max_running_jobs": 1}).json()["secret"]
-        ci = box.client(secret)
-        for _ in range(4):
-            post(box, ci)
+        limits = {"max_running_jobs": 1, "max_queued_jobs": 4}
+        secret = box.admin.post("/keys", json={"name": "ci", **limits}).json()["secret"]
+        other.run(other.server.keyring.load())
+        clients, spec = (box.client(secret), other.client(secret)), box.spec()
+        with ThreadPoolExecutor(6) as pool:
+            answers = pool.map(lambda i: clients[i % 2].post("/jobs", json=spec).status_code, range(8))
+            assert sorted(answers) == [200] * 4 + [429] * 4
         names = [f"w{i}" for i in range(6)]
         for name in names:
             box.register(name)
