@@ -12,17 +12,15 @@ client.jobs.download(job.id, "result")
 import builtins
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Any, Literal, Self
+from typing import Literal, Self
 from urllib.parse import quote
 
-from pydantic import ConfigDict
-
-from sftd._transport import Params, Transport
+from sftd._transport import Transport
 from sftd.discovery import find_address
 from sftd.files import Files
 from sftd.jobs import Jobs
 from sftd.paging import pages
-from sftd.schemas import Answer, AuditEntry, Collected, Key, KeyRequest, NewKey, Page, Storage, Worker
+from sftd.schemas import AuditEntry, Collected, Key, KeyRequest, NewKey, OwnKey, Page, Storage, Worker
 
 
 class Client:
@@ -44,9 +42,9 @@ class Client:
         self.jobs = Jobs(transport)
         self.files = Files(transport)
         self.keys = Keys(transport)
+        self.audit = Audit(transport)
         self.workers = Workers(transport)
         self.storage = StorageOf(transport)
-        self.audit = Audit(transport)
 
     @property
     def url(self) -> str:
@@ -62,14 +60,6 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class OwnKey(Answer):
-    """The key that asks: whose it is, its limits, and what is used of them."""
-
-    model_config = ConfigDict(extra="allow")
-    name: str
-    role: str
 
 
 class Keys:
@@ -88,7 +78,7 @@ class Keys:
         max_queued_jobs: int | None = None,
         max_gpu_hours_per_month: float | None = None,
     ) -> NewKey:
-        """Make a key. Its `secret` is shown this once: `client.keys.create(name="ci").secret`."""
+        """Make a key. Its `secret` is shown this once: `client.keys.create(name="ci", max_queued_jobs=20).secret`."""
         request = KeyRequest(
             name=name,
             role=role,
@@ -104,17 +94,47 @@ class Keys:
         """All keys, without their secrets."""
         return pages(self._transport, "/keys", Key)
 
-    def change(self, key_id: str, **fields: Any) -> Key:
-        """Change a key's limits or expiry; None takes one away: `client.keys.change("key_…", max_running_jobs=2)`."""
-        return self._transport.request("PATCH", f"/keys/{quote(key_id, safe='')}", body=fields).parse(Key)
-
     def me(self) -> OwnKey:
-        """The key that asks, with its limits and what is used of them: `client.keys.me().name`."""
+        """The key in use and what is used of its limits; anybody may ask: `client.keys.me().gpu_hours_this_month`."""
         return self._transport.request("GET", "/keys/me").parse(OwnKey)
+
+    def change(self, key_id: str, **changes: int | float | None) -> Key:
+        """Set limits or `expires_in_seconds`; what is not named stays, None takes a limit away:
+        `client.keys.change("key_…", max_running_jobs=2, max_gpu_hours_per_month=None)`."""
+        path = f"/keys/{quote(key_id, safe='')}"
+        return self._transport.request("PATCH", path, body=changes).parse(Key)
 
     def delete(self, key_id: str) -> None:
         """Withdraw a key: `client.keys.delete("key_…")`."""
         self._transport.request("DELETE", f"/keys/{quote(key_id, safe='')}")
+
+
+class Audit:
+    """Every change that was made, and by whom. Only an administrator may use this."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def list(
+        self,
+        *,
+        action: str | None = None,
+        key_name: str | None = None,
+        target: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: int | None = None,
+        limit: int | None = None,
+    ) -> Iterator[AuditEntry]:
+        """Changes, newest first: `client.audit.list(action="job.delete", limit=10)`; `action="job"` is all of jobs."""
+        params: dict[str, str | int | None] = {
+            "action": action,
+            "key_name": key_name,
+            "target": target,
+            "since": since.isoformat() if since else None,
+            "until": until.isoformat() if until else None,
+        }
+        return pages(self._transport, "/audit", AuditEntry, params=params, after=after, limit=limit)
 
 
 class Workers:
@@ -155,30 +175,3 @@ class StorageOf:
         """Delete now what is not kept; only an administrator may: `client.storage.collect(dry_run=True)`."""
         params = {"dry_run": "true" if dry_run else "false"}
         return self._transport.request("POST", "/storage/collect", params=params).parse(Collected)
-
-
-class Audit:
-    """Who changed what, when. Only an administrator may use this."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
-    def list(
-        self,
-        *,
-        action: str | None = None,
-        key_name: str | None = None,
-        target: str | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-        limit: int | None = None,
-    ) -> Iterator[AuditEntry]:
-        """Changes, newest first: `client.audit.list(action="job.cancel", target="job_…")`."""
-        params: Params = {
-            "action": action,
-            "key_name": key_name,
-            "target": target,
-            "since": since.isoformat() if since else None,
-            "until": until.isoformat() if until else None,
-        }
-        return pages(self._transport, "/audit", AuditEntry, params=params, limit=limit)

@@ -131,7 +131,7 @@ class UpgradeRequired(ApiError):
 
 
 class Throttled(ApiError):
-    """429: too many requests."""
+    """429: too many requests, or a limit of the key is reached (code `limit_reached`); then waiting a moment is no use."""
 
 
 class ServerError(ApiError):

@@ -344,6 +344,19 @@ class Key(Answer):
     )
 
 
+class OwnKey(Key):
+    """The key of the caller, and what is used of its limits."""
+
+    running_jobs: int
+    queued_jobs: int
+    gpu_hours_this_month: float = Field(
+        description="Of attempts that ended in this month, and of those that last."
+    )
+    month_ends_at: datetime = Field(
+        description="When GPU-hours are counted anew: the next month's first day, UTC."
+    )
+
+
 class NewKey(Key):
     """A key just made: the only time its secret is shown."""
 
@@ -357,6 +370,17 @@ class KeyRequest(BaseModel):
     name: str = Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")
     role: Literal["admin", "user", "worker"] = "user"
     expires_in_seconds: int | None = Field(None, ge=1, le=10 * 365 * 86400)
+    max_running_jobs: int | None = Field(None, ge=1, le=10**6)
+    max_queued_jobs: int | None = Field(None, ge=1, le=10**6)
+    max_gpu_hours_per_month: float | None = Field(None, gt=0, le=10**9, allow_inf_nan=False)
+
+
+class KeyChange(Request):
+    """What `PATCH /keys/{key_id}` takes: what is left out stays, null takes it away."""
+
+    expires_in_seconds: int | None = Field(
+        None, ge=1, le=10 * 365 * 86400, description="From now on; null: it does not expire."
+    )
     max_running_jobs: int | None = Field(None, ge=1, le=10**6)
     max_queued_jobs: int | None = Field(None, ge=1, le=10**6)
     max_gpu_hours_per_month: float | None = Field(None, gt=0, le=10**9, allow_inf_nan=False)

@@ -26,6 +26,7 @@ from sftd.discovery import remember_server
 from sftd_server import docs, installation, keys, migrations, status, storage
 from sftd_server.artifacts import router as artifacts_router
 from sftd_server.artifacts.mirror import Mirror
+from sftd_server.audit import router as audit_router
 from sftd_server.clock import Clock
 from sftd_server.connections import BACKLOG, Connections, allow_files, protocol_for
 from sftd_server.datafolder import StartRefused, require_local
@@ -70,7 +71,17 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
     app.include_router(plans_router.worker_router)
     app.add_middleware(Gate, server=server)
     install_error_handlers(app)
-    for part in (jobs_router, files_router, workers_router, artifacts_router, keys, status, storage, docs):
+    for part in (
+        jobs_router,
+        files_router,
+        workers_router,
+        artifacts_router,
+        keys,
+        audit_router,
+        status,
+        storage,
+        docs,
+    ):
         app.include_router(part.router)
     docs.describe(app)
     return app

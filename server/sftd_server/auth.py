@@ -11,21 +11,27 @@ import contextlib
 import hashlib
 import logging
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from types import MappingProxyType
+from typing import Any
 
 from fastapi import Request
-from sqlmodel import Session, col, delete, select
+from sqlmodel import Session, col, delete, select, update
 from starlette.datastructures import Headers
 
-from sftd.schemas import Key, KeyRequest, NewKey
+from sftd.schemas import Key, KeyChange, KeyRequest, NewKey
+from sftd_server.audit import service as audit
 from sftd_server.clock import Clock
 from sftd_server.db import Database, touch
-from sftd_server.errors import Conflict, Forbidden, NotFound, Unauthorized
+from sftd_server.errors import Conflict, Forbidden, Invalid, NotFound, Unauthorized
 from sftd_server.ids import new_id
+from sftd_server.mistakes import Mistake
 from sftd_server.tables import KeyRow
 
 OPEN_PATHS = {"/healthz"}
+LIMITS = {"max_running_jobs", "max_queued_jobs", "max_gpu_hours_per_month"}
 _TOPIC = "keys"
 _BUILT_IN = {"admin": "key_admin", "worker": "key_worker"}
 
@@ -91,8 +97,10 @@ class Keyring:
             return
 
         def work(session: Session) -> None:
-            session.exec(delete(KeyRow).where(col(KeyRow.id) == row.id))
+            replaced = session.exec(delete(KeyRow).where(col(KeyRow.id) == row.id)).rowcount
             session.add(KeyRow(**row.model_dump()))
+            action = "key.change" if replaced else "key.create"
+            audit.add_own(session, row.created_at, action, row.id, name=row.name, role=row.role)
             touch(session, _TOPIC)
 
         await self._db.write(work)
@@ -104,7 +112,9 @@ class Keyring:
         lifetime = request.expires_in_seconds
         expires_at = None if lifetime is None else now + timedelta(seconds=lifetime)
         secret = f"sftd-{secrets.token_hex(24)}"
-        row = _row(new_id("key"), request.name, request.role, secret, now, expires_at)
+        limits = request.model_dump(include=LIMITS)
+        _check_limits(request.role, limits)
+        row = _row(new_id("key"), request.name, request.role, secret, now, expires_at, limits)
 
         def work(session: Session) -> None:
             if session.exec(select(KeyRow.id).where(KeyRow.name == row.name)).first():
@@ -112,11 +122,39 @@ class Keyring:
                     f"There is a key named {row.name!r}; names are unique.", code="name_taken", param="name"
                 )
             session.add(KeyRow(**row.model_dump()))
+            audit.describe(session, **_told(row.model_dump(include={"name", "role", "expires_at", *LIMITS})))
             touch(session, _TOPIC)
 
         await self._db.write(work)
         await self.load()
         return NewKey(**_key(row).model_dump(), secret=secret)
+
+    async def change(self, key_id: str, change: KeyChange) -> Key:
+        """Set a key's limits and its end; what is not given stays as it is."""
+        values: dict[str, Any] = change.model_dump(include=change.model_fields_set & LIMITS)
+        if "expires_in_seconds" in change.model_fields_set:
+            seconds = change.expires_in_seconds
+            values["expires_at"] = None if seconds is None else self._clock.now() + timedelta(seconds=seconds)
+        if key_id in _BUILT_IN.values() and any(value is not None for value in values.values()):
+            raise Conflict(
+                f"{key_id} is built in: it has no limits and does not expire. Make a key of your own and limit that.",
+                code="built_in_key",
+            )
+
+        def work(session: Session) -> Key:
+            row = session.exec(select(KeyRow).where(KeyRow.id == key_id).with_for_update()).first()
+            if row is None:
+                raise NotFound(f"There is no key {key_id!r}; GET /keys lists them.", code="unknown_key")
+            _check_limits(row.role, values)
+            if values:
+                session.exec(update(KeyRow).where(col(KeyRow.id) == key_id).values(**values))
+                audit.describe(session, name=row.name, changed=_told(values))
+                touch(session, _TOPIC, "queue")  # more of its jobs may start
+            return Key.model_validate({**row.model_dump(), **values})
+
+        changed = await self._db.write(work)
+        await self.load()
+        return changed
 
     def list(self) -> list[Key]:
         """All keys, oldest first."""
@@ -131,7 +169,10 @@ class Keyring:
             )
 
         def work(session: Session) -> int:
-            touch(session, _TOPIC)
+            touch(session, _TOPIC, "queue")  # its jobs stay, and nothing limits them any more
+            row = session.exec(select(KeyRow).where(KeyRow.id == key_id)).first()
+            if row is not None:
+                audit.describe(session, name=row.name, role=row.role)
             return session.exec(delete(KeyRow).where(col(KeyRow.id) == key_id)).rowcount
 
         if not await self._db.write(work):
@@ -205,11 +246,39 @@ def _hash(secret: str) -> str:
 
 
 def _row(
-    key_id: str, name: str, role: str, secret: str, now: datetime, expires_at: datetime | None
+    key_id: str,
+    name: str,
+    role: str,
+    secret: str,
+    now: datetime,
+    expires_at: datetime | None,
+    limits: Mapping[str, Any] = MappingProxyType({}),  # columns of several types
 ) -> KeyRow:
     return KeyRow(
-        id=key_id, name=name, role=role, secret_sha256=_hash(secret), created_at=now, expires_at=expires_at
+        id=key_id,
+        name=name,
+        role=role,
+        secret_sha256=_hash(secret),
+        created_at=now,
+        expires_at=expires_at,
+        **limits,
     )
+
+
+def _told(values: Mapping[str, Any]) -> dict[str, Any]:  # columns, as JSON
+    return {
+        name: value.isoformat() if isinstance(value, datetime) else value for name, value in values.items()
+    }
+
+
+def _check_limits(role: str, limits: Mapping[str, Any]) -> None:  # columns of several types
+    given = [name for name, value in limits.items() if name in LIMITS and value is not None]
+    if role == "worker" and given:
+        mistakes = [
+            Mistake(name, "a worker's key posts no jobs and takes no limit; leave it out")
+            for name in sorted(given)
+        ]
+        raise Invalid.of(mistakes)
 
 
 def _key(row: KeyRow) -> Key:

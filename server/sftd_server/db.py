@@ -19,8 +19,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from sqlmodel import Session
@@ -43,6 +44,17 @@ log = logging.getLogger("sftd.server")
 def touch(session: Session, *topics: str) -> None:
     """Wake those who wait for these topics, once this transaction is committed."""
     session.info.setdefault(_TOUCHED, set()).update(topics)
+
+
+class Witness(Protocol):
+    """Adds its own to what is written on somebody's behalf, in the same transaction."""
+
+    def attend(self, work: Callable[[Session], T]) -> tuple[Callable[[Session], T], Callable[[], None]]:
+        """The work with what is added to it, and what to call once that is committed."""
+
+
+# Of the request that is being served, if what it writes shall be witnessed.
+witness: ContextVar[Witness | None] = ContextVar("witness", default=None)
 
 
 class DatabaseClosed(Exception):
@@ -138,6 +150,15 @@ class Database:
 
         On a full disk `bulk` work fails, so that what room can still be made goes to the rest, which is done anew.
         """
+        attending = witness.get()
+        if attending is None:
+            return await self._write(work, bulk=bulk)
+        work, committed = attending.attend(work)
+        result = await self._write(work, bulk=bulk)
+        committed()
+        return result
+
+    async def _write(self, work: Callable[[Session], T], *, bulk: bool) -> T:
         if self._closed:
             raise DatabaseClosed("the server is stopping")
         loop = asyncio.get_running_loop()

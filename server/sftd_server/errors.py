@@ -32,7 +32,7 @@ ERROR_MEANINGS = {
     416: "The batch does not begin where the stream ends; X-Expected-Seq says where to go on.",
     422: "The request is malformed; the message lists every mistake.",
     426: "The worker speaks a version of the protocol that this server does not serve.",
-    429: "Too many wrong keys came from this address; Retry-After says how long to wait.",
+    429: "A limit of the key is reached; or too many wrong keys came from this address, and Retry-After says how long to wait.",
     500: "Our fault; the server's log has the request id.",
     503: "Not now; try again.",
     507: "The disk is full; reading goes on.",
@@ -168,6 +168,16 @@ class TooManyFailures(ApiError):
         )
 
 
+class LimitReached(ApiError):
+    """429: a limit of the caller's key. Waiting a moment would not help, so clients are told not to try again."""
+
+    status = 429
+    kind = "limit_error"
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message, code="limit_reached", param=param, headers={"x-should-retry": "false"})
+
+
 class Unavailable(ApiError):
     """503: not now; try again."""
 
@@ -273,13 +283,14 @@ def _translated(request: Request, error: StarletteHTTPException) -> ApiError:
 
 
 def _methods(request: Request) -> list[str]:
-    """The methods that a path has."""
-    found: set[str] = set()
+    """The methods that a path has: `/keys/me` has its own, not those of `/keys/{key_id}` as well."""
+    path = request.url.path
+    found: dict[str, set[str]] = {}
     for route in _flat(request.app.routes):
         pattern = getattr(route, "path_regex", None)
-        if pattern is not None and pattern.match(request.url.path):
-            found.update(route.methods or ())
-    return sorted(found)
+        if pattern is not None and pattern.match(path):
+            found.setdefault(route.path, set()).update(route.methods or ())
+    return sorted(found.get(path) or set().union(*found.values()))
 
 
 def _flat(

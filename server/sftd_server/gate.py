@@ -14,6 +14,8 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sftd_server import db
+from sftd_server.audit.service import Recorder, is_audited
 from sftd_server.auth import OPEN_PATHS, Caller
 from sftd_server.db import DatabaseClosed
 from sftd_server.errors import (
@@ -89,12 +91,25 @@ class Gate:
         headers = Headers(scope=scope)
         path = scope["path"]
         self._server.hosts.check(scope["method"], headers)
+        witness: Recorder | None = None
         if path not in OPEN_PATHS:
-            scope.setdefault("state", {})["caller"] = self._admit(scope, headers)
+            caller = scope.setdefault("state", {})["caller"] = self._admit(scope, headers)
+            if is_audited(scope["method"], path):
+                witness = Recorder(
+                    scope,
+                    caller,
+                    address=self._server.throttle.origin(scope, headers),
+                    request_id=answer.request_id,
+                    clock=self._server.clock,
+                )
             self._server.disk.admit(scope["method"], path, headers.get("content-length"))
         _check_target(path, scope["query_string"])
         body.check_announced(headers)
-        await self._app(scope, body.receive, answer.send)
+        token = db.witness.set(witness)
+        try:
+            await self._app(scope, body.receive, answer.send)
+        finally:
+            db.witness.reset(token)
         if body.refused is not None and not answer.started:
             raise body.refused
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sftd.schemas import StorageItem
 from sftd_server import garbage, retention, sweep
+from sftd_server.audit import queries as audit
 from sftd_server.db import DatabaseClosed
 from sftd_server.files import store
 from sftd_server.retention import Doomed
@@ -69,6 +70,8 @@ class Janitor:
             removed += await self._files(dry_run=dry_run)
             removed += await self._blobs(dry_run=dry_run)
             removed += await self._cache(dry_run=dry_run)
+            if not dry_run:
+                await self._audit()
         return removed
 
     # ------------------------------------------------------------ checkpoints
@@ -161,6 +164,16 @@ class Janitor:
             return _removed(item for item in unused if self._delete(item))
 
         return await asyncio.to_thread(look)
+
+    async def _audit(self) -> None:
+        """Entries of the audit log that are too old. They are in no list of what goes: they take little room."""
+        db, days = self._server.db, self._server.settings.audit_days
+        if not days:
+            return
+        before = self._server.clock.now() - timedelta(days=days)
+        while await db.read(functools.partial(audit.any_before, moment=before)):
+            if not await db.write(functools.partial(audit.forget, moment=before)):
+                return
 
     # ------------------------------------------------------------ small things
 

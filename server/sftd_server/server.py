@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC
@@ -15,6 +16,7 @@ from sftd_server.artifacts.restore import Restorer
 from sftd_server.artifacts.shelf import Shelf
 from sftd_server.artifacts.store import open_store
 from sftd_server.artifacts.uploads import Uploads
+from sftd_server.audit import service as audit
 from sftd_server.auth import Keyring
 from sftd_server.ballast import DiskRoom
 from sftd_server.clock import Clock, ClockWatch, DatabaseClock
@@ -40,6 +42,7 @@ class Server:
         self.clock_change = asyncio.Lock()  # held while a jump of the clock is made good
         self.disk = DiskRoom(settings)
         self.db.make_room = self.disk.make_room
+        audit.watch(self.db.engine)
         self.keyring = Keyring(self.db, self.clock)
         self.hosts = Hosts(settings.host, settings.allowed_hosts)
         self.throttle = Throttle(
@@ -58,7 +61,8 @@ class Server:
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Let something run on that no request waits for, such as deleting files."""
-        task = asyncio.create_task(work)
+        # In a context of its own: what it writes later is not the request's.
+        task = asyncio.create_task(work, context=contextvars.Context())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 

@@ -160,6 +160,9 @@ class Settings(BaseModel):
         ge=0,
         description="Above this what was used longest ago goes from cache/; 0: no limit.",
     )
+    audit_days: float = Field(
+        400, ge=0, description="Entries of the audit log are deleted at this age; 0: never."
+    )
     janitor_seconds: float = Field(600, gt=0, description="How often what may be deleted is looked for.")
     ballast_bytes: int = Field(
         16 * 1024**2, ge=0, description="A file of this size is given up when the disk is full; 0: none."

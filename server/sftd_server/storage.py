@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request
 
 from sftd.schemas import Collected, Storage, StorageItem
+from sftd_server.audit import service as audit
 from sftd_server.auth import Caller, caller_of
 from sftd_server.ballast import NAME as BALLAST
 from sftd_server.ballast import database_folder
@@ -64,12 +65,15 @@ async def show(server: ServerDep, janitor: JanitorDep) -> Storage:
 
 @router.post("/collect")
 async def collect(
+    server: ServerDep,
     janitor: JanitorDep,
     caller: CallerDep,
     dry_run: Annotated[bool, Query(description="Delete nothing; say what would be deleted.")] = False,
 ) -> Collected:
     """Delete now what is not kept. For admins."""
     caller.require_admin()
+    if not dry_run:  # before anything goes: not all of that is in the database
+        await server.db.write(lambda session: audit.describe(session))
     items: list[StorageItem] = await janitor.collect(dry_run=dry_run)
     freed = sum(item.bytes for item in items)
     return Collected(dry_run=dry_run, freed_bytes=freed, removed=items[:MAX_ITEMS])

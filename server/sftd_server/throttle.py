@@ -50,7 +50,14 @@ class Throttle:
             self._failures.popitem(last=False)
 
     def address(self, scope: Scope, headers: Headers) -> str:
-        """Where a request comes from: its peer, or what a trusted proxy says of it. One IPv6 network is one address."""
+        """Who is counted for a request: where it comes from. One IPv6 network is one address."""
+        address = _parsed(self.origin(scope, headers))
+        if isinstance(address, ipaddress.IPv6Address):
+            return str(ipaddress.ip_network((address, 64), strict=False))
+        return "unknown" if address is None else str(address)
+
+    def origin(self, scope: Scope, headers: Headers) -> str:
+        """Where a request comes from: its peer, or what a trusted proxy says of it."""
         client = scope.get("client")
         found = client[0] if client else ""
         if self._trusted:
@@ -58,11 +65,7 @@ class Throttle:
             while hops and is_within(found, self._trusted):
                 found = hops.pop()
         address = _parsed(found)
-        if address is None:
-            return "unknown"
-        if isinstance(address, ipaddress.IPv6Address):
-            return str(ipaddress.ip_network((address, 64), strict=False))
-        return str(address)
+        return "unknown" if address is None else str(address)
 
 
 def networks(texts: Sequence[str]) -> list[Network]:

@@ -10,7 +10,9 @@ EXPECTED = {
     # route → status by role; what is not here: users and admins pass the gate, workers get 403
     ("POST", "/keys"): {"admin": 422, "user": 403, "worker": 403},
     ("GET", "/keys"): {"admin": 200, "user": 403, "worker": 403},
+    ("PATCH", "/keys/{key_id}"): {"admin": 422, "user": 403, "worker": 403},
     ("DELETE", "/keys/{key_id}"): {"admin": 404, "user": 403, "worker": 403},
+    ("GET", "/audit"): {"admin": 200, "user": 403, "worker": 403},
     ("POST", "/workers/{worker_id}/drain"): {"admin": 404, "user": 403, "worker": 403},
     ("POST", "/workers/{worker_id}/undrain"): {"admin": 404, "user": 403, "worker": 403},
     ("POST", "/storage/collect"): {"admin": 200, "user": 403, "worker": 403},
@@ -170,3 +172,71 @@ def test_a_slow_reading_of_the_keys_does_not_bring_back_a_deleted_one(box, asser
     box.run(scenario())
 
     assert_error(box.client(found["secret"]).get("/jobs"), 401, "invalid_key")
+
+
+LIMITS = {"max_running_jobs": 1, "max_queued_jobs": 2, "max_gpu_hours_per_month": 0.5}
+
+
+def test_limits_and_the_end_of_a_key_are_set_changed_and_taken_away(box) -> None:
+    made = box.admin.post("/keys", json={"name": "ci", "expires_in_seconds": 60, **LIMITS}).json()
+    path = f"/keys/{made['id']}"
+    assert {name: made[name] for name in LIMITS} == LIMITS
+
+    changed = box.admin.patch(path, json={"max_running_jobs": 7, "expires_in_seconds": None}).json()
+
+    assert {name: changed[name] for name in LIMITS} == {**LIMITS, "max_running_jobs": 7}
+    assert (changed["expires_at"], "secret" in changed) == (None, False)
+    box.clock.advance(61)
+    client = box.client(made["secret"])
+    assert client.get("/keys/me").json()["max_running_jobs"] == 7  # it did not expire
+    none = box.admin.patch(path, json=dict.fromkeys(LIMITS)).json()
+    assert {name: none[name] for name in LIMITS} == dict.fromkeys(LIMITS)
+    assert (
+        box.admin.patch(path, json={"expires_in_seconds": 1}).json()["expires_at"] == "2030-01-01T00:01:02Z"
+    )
+    assert box.admin.patch(path, json={}).json()["name"] == "ci"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"max_running_jobs": 0}, "max_running_jobs"),
+        ({"max_queued_jobs": 1.5}, "max_queued_jobs"),
+        ({"max_gpu_hours_per_month": -1}, "max_gpu_hours_per_month"),
+        ({"max_gpu_hours_per_month": "many"}, "max_gpu_hours_per_month"),
+        ({"expires_in_seconds": 0}, "expires_in_seconds"),
+        ({"role": "admin"}, "role"),
+        ({"name": "other"}, "name"),
+    ],
+)
+def test_a_bad_limit_is_named_and_nothing_else_of_a_key_can_change(
+    shared_box, assert_error, body: dict, param: str
+) -> None:
+    key_id = next(key["id"] for key in shared_box.admin.get("/keys").json()["data"] if key["role"] == "admin")
+
+    assert (
+        assert_error(shared_box.admin.patch(f"/keys/{key_id}", json=body), 422, "invalid_request")["param"]
+        == param
+    )
+
+
+def test_workers_and_built_in_keys_take_no_limits(box, assert_error) -> None:
+    for name in LIMITS:
+        body = {"name": "gpu", "role": "worker", name: 3}
+        error = assert_error(box.admin.post("/keys", json=body), 422, "invalid_request")
+        assert (error["param"], "leave it out" in error["message"]) == (name, True)
+    made = box.admin.post("/keys", json={"name": "gpu", "role": "worker"}).json()
+    assert_error(box.admin.patch(f"/keys/{made['id']}", json={"max_queued_jobs": 1}), 422, "invalid_request")
+    assert box.admin.patch(f"/keys/{made['id']}", json={"expires_in_seconds": 60}).status_code == 200
+    for key_id in ("key_admin", "key_worker"):
+        for change in ({"max_queued_jobs": 1}, {"expires_in_seconds": 60}):
+            assert_error(box.admin.patch(f"/keys/{key_id}", json=change), 409, "built_in_key")
+
+
+def test_everybody_but_workers_sees_the_key_that_they_use(box, assert_error) -> None:
+    mine = box.key("ci").get("/keys/me").json()
+
+    assert (mine["name"], mine["role"], mine["queued_jobs"]) == ("ci", "user", 0)
+    assert "secret" not in str(mine)
+    assert box.admin.get("/keys/me").json()["id"] == "key_admin"
+    assert_error(box.worker.get("/keys/me"), 403, "not_for_workers")

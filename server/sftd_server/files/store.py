@@ -14,6 +14,7 @@ from sqlmodel import Session, col, delete, func, select
 
 from sftd.rows import FileSummary, RowsInvalid, check_file
 from sftd.schemas import File, JobState, Page
+from sftd_server.audit import service as audit
 from sftd_server.auth import Caller
 from sftd_server.disk import fsync
 from sftd_server.errors import Conflict, Invalid, NotFound, UnsupportedMedia
@@ -67,7 +68,7 @@ async def keep(server: Server, upload: Upload, caller: Caller) -> File:
         await asyncio.to_thread(_publish, upload.path, blob)
         try:
             # A row of its own for each run: a session that gives up uses it up.
-            await server.db.write(lambda session: session.add(FileRow(**row.model_dump())))
+            await server.db.write(lambda session: _add(session, row))
         except Exception:  # a full disk, say: what nobody can name or delete must not fill it further
             if not await server.db.read(lambda session: _num_files_of(session, upload.sha256)):
                 blob.unlink(missing_ok=True)
@@ -83,6 +84,7 @@ async def remove(server: Server, file_id: str, caller: Caller) -> None:
         caller.require_owner(row.owner)
         _require_unused(session, row)
         session.exec(delete(FileRow).where(col(FileRow.id) == file_id))
+        audit.describe(session, filename=row.filename, owner=row.owner)
         return None if _num_files_of(session, row.sha256) else row.sha256
 
     async with server.file_changes:
@@ -108,6 +110,16 @@ async def remove_unused(server: Server, file_id: str) -> bool:
         if session.exec(named).first() is not None:
             return None
         session.exec(delete(FileRow).where(col(FileRow.id) == file_id))
+        why = f"no job has named it for {server.settings.unused_file_days:g} days"
+        audit.add_own(
+            session,
+            server.clock.now(),
+            "file.delete",
+            file_id,
+            filename=row.filename,
+            owner=row.owner,
+            why=why,
+        )
         return row.sha256
 
     async with server.file_changes:
@@ -169,6 +181,11 @@ def _publish(temporary: Path, blob: Path) -> None:
     fsync(temporary)
     os.replace(temporary, blob)
     fsync(blob.parent)
+
+
+def _add(session: Session, row: FileRow) -> None:
+    session.add(FileRow(**row.model_dump()))
+    audit.describe(session, filename=row.filename, bytes=row.bytes, sha256=row.sha256, purpose=row.purpose)
 
 
 def _find(session: Session, file_id: str, *, lock: bool = False) -> FileRow:

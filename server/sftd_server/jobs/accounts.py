@@ -1,12 +1,13 @@
 """What jobs cost: the time that each has used, its budgets, and how much each owner has used lately.
 
 An attempt costs the seconds from its claim to its end, times its gpus: while a worker holds a job, nobody else has them.
-An owner's usage is halved every half-life, so that what was used last week does not count for ever.
+An owner's usage is halved every half-life, so that what was used last week does not count for ever. Beside it stands what
+an owner has used in each month, which is never halved: a key's limit is held against it.
 """
 
 import math
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from sqlalchemy import ColumnElement, bindparam, text
 from sqlmodel import Session, and_, col, func, select, update
@@ -85,6 +86,21 @@ def end_attempt(session: Session, row: JobRow, ended: Ending, *, half_life_secon
         values["expected_gpu_seconds"] = used / row.step * max(0, row.total_steps - row.step)
     session.exec(update(JobRow).where(col(JobRow.number) == row.number).values(**values))
     _charge(session, row.owner, gpu_seconds, ended.at, half_life_seconds)
+    _charge_month(session, row.owner, gpu_seconds, ended.at)
+
+
+def month_of(at: datetime) -> str:
+    """The month of a moment, as GPU-hours are counted by: `2030-01`."""
+    return f"{at.astimezone(UTC):%Y-%m}"
+
+
+def _charge_month(session: Session, owner: str, gpu_seconds: float, at: datetime) -> None:
+    added = text(
+        "INSERT INTO gpu_month (owner, month, gpu_seconds) VALUES (:owner, :month, :seconds)"
+        " ON CONFLICT (owner, month) DO UPDATE SET gpu_seconds = gpu_month.gpu_seconds + excluded.gpu_seconds"
+    )
+    values = {"owner": owner, "month": month_of(at), "seconds": gpu_seconds}
+    session.connection().execute(added, values)
 
 
 def _charge(

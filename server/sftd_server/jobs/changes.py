@@ -11,6 +11,7 @@ from sqlmodel import Session, col, func, select, update
 
 from sftd.schemas import Checkpoint, JobState, MoveRequest, PinRequest
 from sftd.spec import SCHEDULING_FIELDS, JobSpec
+from sftd_server.audit import service as audit
 from sftd_server.auth import Caller
 from sftd_server.db import touch
 from sftd_server.errors import Conflict, Forbidden, Invalid
@@ -67,6 +68,7 @@ def change(
     update_seen(session, row, columns)
     told = ", ".join(f"{name} to {json.dumps(_json(spec).get(name), ensure_ascii=False)}" for name in changed)
     add_event(session, row, Note("changed", f"{caller.name} changed {told}.", {"fields": changed}), now)
+    audit.describe(session, fields=changed)
     touch(session, "queue")
 
 
@@ -158,6 +160,7 @@ def reorder(
     where = f"{wanted.position}" if wanted.position else f"before {wanted.before}"
     where = f"after {wanted.after}" if wanted.after else where
     add_event(session, row, Note("moved", f"{caller.name} moved it {where}.", {"where": where}), now)
+    audit.describe(session, where=where)
     touch(session, "queue")
 
 
@@ -223,6 +226,7 @@ def pin(session: Session, job_id: str, step: int, request: PinRequest, caller: C
                 code="name_taken",
                 param="name",
             )
+    audit.mention(session, name=request.name)
     return _set_pinned(session, job_id, checkpoint, request.name)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from sqlmodel import Session, col, delete, select
 
 from sftd.schemas import JobState
+from sftd_server.audit import service as audit
 from sftd_server.auth import Caller
 from sftd_server.db import touch
 from sftd_server.errors import Conflict
@@ -55,6 +56,7 @@ def remove(session: Session, job_id: str, caller: Caller) -> None:
     if session.exec(delete(JobRow).where(*here, col(JobRow.attempt) == row.attempt)).rowcount != 1:
         raise Conflict(f"{job_id} has just changed; try again.", code="changed_meanwhile")
     touch(session, f"job:{job_id}", "queue")
+    audit.describe(session, name=row.name, owner=row.owner, state=row.state)
 
 
 def _referred_to_by(session: Session, row: JobRow) -> str | None:

@@ -4,14 +4,17 @@ Order: priority; rank (below 0: given back by a worker, or moved ahead; above 0:
 fair share score of a job is its owner's GPU-seconds of late, plus those that it is expected to take, less the seconds it
 has waited times its gpus: short jobs and those who have used little go first, and nobody waits for ever. Nothing here
 writes.
+
+Jobs that the limits of their owner's key hold back are passed over as if they were not there: nothing is kept free and
+nobody makes room for them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Float, case, literal
+from sqlalchemy import ColumnElement, Float, case, literal, true
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -19,7 +22,7 @@ from sqlmodel import Session, and_, col, or_, select
 
 from sftd.schemas import JobState, Want
 from sftd.spec import RequiresSpec
-from sftd_server.jobs import accounts, dependencies
+from sftd_server.jobs import accounts, dependencies, limits
 from sftd_server.jobs.states import LEASED
 from sftd_server.settings import Settings
 from sftd_server.tables import AttemptRow, JobRow, UsageRow, UtcDateTime, WorkerRow
@@ -142,9 +145,15 @@ def _waiting(values: Sequence[Any]) -> Waiting:  # of _COLUMNS, in their order
 # ---------------------------------------------------------------- order
 
 
-def is_ready(now: datetime) -> ColumnElement[bool]:
-    """A condition: the job could run now, if a worker were free for it."""
+def held_back(session: Session, now: datetime) -> list[str]:
+    """Owners of whose jobs none may start now."""
+    return [owner for owner, found in limits.standings(session, now).items() if found.why_held]
+
+
+def is_ready(now: datetime, held: Collection[str] = ()) -> ColumnElement[bool]:
+    """A condition: the job could run now, if a worker were free for it. `held`: owners that are held back."""
     return and_(
+        col(JobRow.owner).not_in(list(held)) if held else true(),
         col(JobRow.state) == JobState.QUEUED,
         col(JobRow.want) == Want.RUN,
         col(JobRow.not_before) <= now,
@@ -255,7 +264,8 @@ def ready_jobs(
 ) -> Iterator[Waiting]:
     """Jobs that could run now, in the queue's order; read page by page, since most askers take the first."""
     by = order(settings, usage(session, settings, now), now)
-    query = select(*_COLUMNS).where(is_ready(now), *conditions).order_by(*by)  # type: ignore[call-overload]  # ten columns
+    ready = is_ready(now, held_back(session, now))
+    query = select(*_COLUMNS).where(ready, *conditions).order_by(*by)  # type: ignore[call-overload]  # ten columns
     offset = 0
     while True:
         found = session.exec(query.limit(_PAGE).offset(offset)).all()

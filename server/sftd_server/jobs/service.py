@@ -17,11 +17,12 @@ from sqlmodel import Session, col, select, update
 from sftd.protocol import BaseRef, InputFile
 from sftd.schemas import FailureReason, JobState, PauseReason, Want
 from sftd.spec import JOB_REFERENCE, JobSpec
+from sftd_server.audit import service as audit
 from sftd_server.auth import Caller
 from sftd_server.db import touch
 from sftd_server.errors import Conflict, Invalid, NotFound
 from sftd_server.ids import new_id
-from sftd_server.jobs import accounts, dependencies
+from sftd_server.jobs import accounts, dependencies, limits
 from sftd_server.jobs.states import LEASED, TERMINAL, Facts, Trigger, next_state
 from sftd_server.tables import CheckpointRow, EventRow, FileRow, JobRow
 
@@ -104,6 +105,7 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
         )
         if earlier:
             return earlier
+    limits.require_place(session, submission.owner, now)
     _require_files(session, submission.inputs)
     spec, origin = submission.spec, submission.origin or Origin("Waiting for a worker.")
     _require_base(session, spec.base_model, submission.inputs)
@@ -133,6 +135,7 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
     dependencies.replace(session, row, spec.after)
     add_event(session, row, Note("queued", origin.verb), now)
     touch(session, "queue")
+    audit.describe(session, name=row.name, base_model=row.base_model, method=row.method)
     return row.id
 
 
@@ -249,6 +252,8 @@ def own_job(session: Session, job_id: str, caller: Caller) -> JobRow:
     """The row of a job that the caller may change, locked. Raises NotFound, Forbidden."""
     row = find_job(session, job_id, lock=True)
     caller.require_owner(row.owner)
+    if row.owner != caller.name:
+        audit.mention(session, owner=row.owner)
     return row
 
 
@@ -298,6 +303,8 @@ def resume(session: Session, job_id: str, caller: Caller, now: datetime) -> None
         note = Note("resumed", f"{caller.name} took the pause back.")
         wish(session, row, Want.RUN, note, now, values={"pause_reason": None})
         return
+    if row.state == JobState.PAUSED:
+        limits.require_place(session, row.owner, now)
     dependencies.hold_needed(session, row)
     note = Note("queued", f"Resumed by {caller.name}; waiting for a worker.")
     # Its user knows better than the disk, which does not tell of quotas.
@@ -392,6 +399,8 @@ def move(
     for note in notes:
         add_event(session, row, note, now, attempt=attempt)
     wakes = to is JobState.QUEUED or (to is JobState.SUCCEEDED and dependencies.is_needed(session, row))
+    if row.state in LEASED and to not in LEASED and not wakes:
+        wakes = limits.bounds_running(session, row.owner)  # another of its owner's may start
     touch(session, f"want:{row.id}", *(["queue"] if wakes else []))
     if to in (JobState.FAILED, JobState.CANCELLED):
         _fail_those_waiting_for(session, row, now)

@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, case
 from sqlmodel import Session, col, func, select
 
 from sftd.schemas import JobState
-from sftd_server.jobs import dependencies, scheduling
+from sftd_server.jobs import dependencies, limits, scheduling
 from sftd_server.jobs.scheduling import Place, Waiting
 from sftd_server.jobs.states import LEASED
 from sftd_server.settings import Settings
@@ -32,9 +32,19 @@ class Queue:
         return scheduling.places(self._session, self._now)
 
     @functools.cached_property
+    def _held(self) -> dict[str, str]:
+        """Why jobs of an owner may not start now, by owner."""
+        found = limits.standings(self._session, self._now)
+        return {owner: why for owner, one in found.items() if (why := one.why_held)}
+
+    @property
+    def _is_ready(self) -> ColumnElement[bool]:
+        return scheduling.is_ready(self._now, self._held)
+
+    @functools.cached_property
     def _positions(self) -> dict[int | None, int]:
         by = scheduling.order(self._settings, self.used, self._now)
-        ready = case((scheduling.is_ready(self._now), 1), else_=0)
+        ready = case((self._is_ready, 1), else_=0)
         line = select(JobRow.number, ready).where(JobRow.state == JobState.QUEUED).order_by(*by)
         found: dict[int | None, int] = {}
         position = 1
@@ -86,7 +96,7 @@ class Queue:
             seconds = (row.not_before - self._now).total_seconds()
             at = row.not_before.strftime("%H:%M:%S")
             return f"Is tried again in {seconds:.0f} s, at {at} UTC: its last attempt did not go well."
-        return None
+        return self._held.get(row.owner)
 
     # ------------------------------------------------------------ workers
 
@@ -142,7 +152,7 @@ class Queue:
     def _who_goes_first(self, row: JobRow) -> str:
         """How many jobs that could run go first: by priority, by rank, by fair share or age."""
         before = scheduling.comes_before(self._session, row, self._settings, self.used, self._now)
-        ready = select(func.count()).select_from(JobRow).where(scheduling.is_ready(self._now))
+        ready = select(func.count()).select_from(JobRow).where(self._is_ready)
         by_priority, by_rank, by_share = (self._session.exec(ready.where(c)).one() for c in before)
         reasons = []
         if by_priority:
@@ -157,9 +167,7 @@ class Queue:
     def _by_share(self, row: JobRow, by_share: ColumnElement[bool]) -> str:
         if not self._settings.fair_share:
             return "posted earlier"
-        owners = self._session.exec(
-            select(JobRow.owner).where(scheduling.is_ready(self._now), by_share).distinct()
-        ).all()
+        owners = self._session.exec(select(JobRow.owner).where(self._is_ready, by_share).distinct()).all()
         own = self.used.get(row.owner, 0.0)
         lighter = sorted(owner for owner in owners if self.used.get(owner, 0.0) < own - 1.0)
         if lighter:

@@ -10,7 +10,7 @@ from sftd.protocol import CheckpointRef, Claim, Lease
 from sftd.schemas import JobState
 from sftd.spec import JobSpec
 from sftd_server.errors import Conflict
-from sftd_server.jobs import dependencies, scheduling
+from sftd_server.jobs import dependencies, limits, scheduling
 from sftd_server.jobs.queries import whole_checkpoints
 from sftd_server.jobs.scheduling import Place
 from sftd_server.jobs.service import JobInputs, Note, fail_waiting, move, unpinned_maker
@@ -86,6 +86,8 @@ def _next_job(
     if place.draining:
         return None
     for found in scheduling.next_jobs(session, place, settings, now):
+        if not limits.may_start(session, found.owner, now):
+            continue  # another server has just started one of the owner's
         query = select(JobRow).where(JobRow.number == found.number, scheduling.is_ready(now))
         row = session.exec(query.with_for_update(skip_locked=True, of=JobRow)).first()
         inputs = _pinned(session, row, now) if row is not None else None

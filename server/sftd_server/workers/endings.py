@@ -150,6 +150,8 @@ def _last_words(row: JobRow, word: Finish, reason: FailureReason) -> str:
 
 def wake_due(session: Session, *, now: datetime, since: datetime) -> None:
     """Wake claimers for jobs whose wait ended after `since`."""
+    if accounts.month_of(now) != accounts.month_of(since):
+        touch(session, "queue")  # GPU-hours are counted anew
     due = select(JobRow.number).where(
         JobRow.state == JobState.QUEUED, col(JobRow.not_before) <= now, col(JobRow.not_before) > since
     )

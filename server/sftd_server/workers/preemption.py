@@ -6,7 +6,7 @@ one of higher priority, and none that of its own owner's at the same; the margin
 taking turns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -15,7 +15,8 @@ from sqlmodel import Session, col, select, update
 
 from sftd.schemas import JobState, Want
 from sftd_server.db import touch
-from sftd_server.jobs import accounts, scheduling
+from sftd_server.jobs import accounts, limits, scheduling
+from sftd_server.jobs.limits import Standing
 from sftd_server.jobs.scheduling import YIELDS_SINCE, Place, Waiting
 from sftd_server.jobs.service import Note, add_event
 from sftd_server.jobs.states import LEASED
@@ -42,17 +43,20 @@ def make_room(session: Session, settings: Settings, now: datetime) -> int:
     """Ask running jobs to yield to the first waiting job that this helps. Returns how many were asked."""
     # Locked first: of two servers that look at once, the second then sees what the first has asked for.
     running = _running(session, now) if settings.preemption != "off" else []
-    yielded_to = _call_off(session, settings)
+    yielded_to = _call_off(session, settings, now)
     if not running:
         return 0
     used = scheduling.usage(session, settings, now)
+    limited = limits.standings(session, now)
     places = [p for p in scheduling.places(session, now) if p.alive and not p.draining]
     grace = now - timedelta(seconds=settings.preempt_after_seconds)
     for i, job in enumerate(scheduling.ready_jobs(session, settings, now)):
         if i == MAX_LOOKED_AT:
             break
         able = [place for place in places if job.suits(place) and job.has_disk(place)]
-        if job.since > grace or job.id in yielded_to or any(job.gpus <= place.free for place in able):
+        if job.since > grace or job.id in yielded_to or _is_spoken_for(job, yielded_to.values(), limited):
+            continue
+        if any(job.gpus <= place.free for place in able):
             continue
         victims = _fewest(job, able, [r for r in running if _gives_way(r, job, settings, used)])
         if victims:
@@ -60,17 +64,22 @@ def make_room(session: Session, settings: Settings, now: datetime) -> int:
     return 0
 
 
-def _call_off(session: Session, settings: Settings) -> set[str]:
-    """Take wishes back whose job does not wait any more; return the ids of jobs that room is being made for."""
+def _is_spoken_for(job: Waiting, owners: Iterable[str], limited: Mapping[str, Standing]) -> bool:
+    """Is room being made already for as many jobs of its owner as may still start?"""
+    left = limited[job.owner].num_left if job.owner in limited else None
+    return left is not None and sum(owner == job.owner for owner in owners) >= left
+
+
+def _call_off(session: Session, settings: Settings, now: datetime) -> dict[str, str]:
+    """Take wishes back whose job does not wait any more, or is held back; return the jobs that room is being made for,
+    with their owners."""
     query = select(JobRow).where(col(JobRow.state).in_(LEASED), col(JobRow.yield_to).is_not(None))
     asked = session.exec(query.with_for_update()).all()
-    waiting = set(
-        session.exec(
-            select(JobRow.id).where(
-                JobRow.state == JobState.QUEUED, col(JobRow.id).in_([row.yield_to for row in asked])
-            )
-        )
+    named = select(JobRow.id, JobRow.owner).where(
+        JobRow.state == JobState.QUEUED, col(JobRow.id).in_([row.yield_to for row in asked])
     )
+    held = scheduling.held_back(session, now) if asked else ()
+    waiting = {job_id: owner for job_id, owner in session.exec(named) if owner not in held}
     for row in asked:
         told = row.state == JobState.STOPPING  # its worker is at it already
         if not told and (settings.preemption == "off" or row.yield_to not in waiting):

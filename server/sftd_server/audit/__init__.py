@@ -1,0 +1,1 @@
+"""The audit log: every change that somebody made, written in the same transaction as the change."""
