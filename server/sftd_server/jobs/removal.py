@@ -94,7 +94,9 @@ def _result_needed_by(session: Session, row: JobRow) -> str | None:
     theirs = (col(JobRow.state).not_in(list(TERMINAL)), col(JobRow.number) != row.number)
     for other in session.exec(select(JobRow).where(*theirs, col(JobRow.base_model).like("job:%"))):
         base = JobInputs.model_validate(other.inputs).base
-        if base is None and row.id in makers(session, other.base_model, JobInputs.model_validate(other.inputs)):
+        if base is None and row.id in makers(
+            session, other.base_model, JobInputs.model_validate(other.inputs)
+        ):
             return other.id
         if base is not None and result in (base.path, base.base_model):
             return other.id

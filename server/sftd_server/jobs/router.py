@@ -172,18 +172,7 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> Page[Job]:
     """Jobs, newest first. `next_after` is the `after` of the next page."""
-    metadata = {
-        found[1]: value
-        for name, value in request.query_params.multi_items()
-        if (found := _METADATA_NAME.match(name))
-    }
-    if len(metadata) > MAX_METADATA_FILTERS:
-        raise Invalid(
-            f"metadata: a job has at most {MAX_METADATA_FILTERS} pairs; {len(metadata)} were asked for",
-            code="invalid_request",
-            param="metadata",
-        )
-    wanted = JobFilter(states=state or [], owner=owner, metadata=metadata)
+    wanted = JobFilter(states=state or [], owner=owner, metadata=metadata_filters(request))
     context = queries.Context(server.settings, server.clock.now())
     return await server.db.read(
         lambda session: queries.jobs(session, wanted, context, after=after, limit=limit)
@@ -450,6 +439,22 @@ async def archive(job_id: JobId, server: ServerDep) -> Response:
     """The result as a tar, streamed; 409 while there is none."""
     stored = await server.db.read(lambda session: queries.result_files(session, job_id))
     return await server.uploads.in_thread(downloads.archive, server.shelf, stored, job_id)
+
+
+def metadata_filters(request: Request) -> dict[str, str]:
+    """What `metadata[k]=v` in the query asks for. Raises Invalid where that is more than a job can have."""
+    metadata = {
+        found[1]: value
+        for name, value in request.query_params.multi_items()
+        if (found := _METADATA_NAME.match(name))
+    }
+    if len(metadata) > MAX_METADATA_FILTERS:
+        raise Invalid(
+            f"metadata: a job has at most {MAX_METADATA_FILTERS} pairs; {len(metadata)} were asked for",
+            code="invalid_request",
+            param="metadata",
+        )
+    return metadata
 
 
 Steering = Callable[[Session, str, Caller, datetime], None]
