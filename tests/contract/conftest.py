@@ -24,7 +24,7 @@ from tests.server.conftest import (  # noqa: F401  # fixtures
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
 
-# Runs a script against a server, with more arguments and another key where they are given; its standard output.
+# Runs a script against a server, with arguments, another key and variables of the environment; its standard output.
 RunScript = Callable[..., str]
 
 
@@ -41,7 +41,7 @@ def openai_python(request: pytest.FixtureRequest) -> Path:
 def run_script(openai_python: Path) -> RunScript:
     """`run_script(box, "files.py", *arguments)`: run a script of scripts/ with the openai package; it must exit with 0."""
 
-    def run(at: Box | str, script: str, *arguments: str, key: str = ADMIN) -> str:
+    def run(at: Box | str, script: str, *arguments: str, key: str = ADMIN, **environment: str) -> str:
         url = at if isinstance(at, str) else at.url
         done = subprocess.run(
             [openai_python, SCRIPTS / script, *arguments],
@@ -49,6 +49,7 @@ def run_script(openai_python: Path) -> RunScript:
                 **{name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")},
                 "OPENAI_BASE_URL": f"{url}/v1",
                 "OPENAI_API_KEY": key,
+                **environment,
             },
             capture_output=True,
             text=True,

@@ -31,6 +31,7 @@ ON_BOTH = (
     "jobs",
     "workers",
     "files",
+    "openai",
     "test_auth.py",
     "test_migrations.py",
     "test_db.py",

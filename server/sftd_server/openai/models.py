@@ -13,7 +13,7 @@ from sqlmodel import Session, col, func, select
 
 from sftd.schemas import JobState
 from sftd_server.auth import Caller, caller_of
-from sftd_server.errors import Forbidden, Invalid, NotFound, error_responses
+from sftd_server.errors import Invalid, NotFound, error_responses
 from sftd_server.jobs import queries, removal
 from sftd_server.openai import names
 from sftd_server.openai.lists import OpenAIList, listed, unix
@@ -97,8 +97,8 @@ def _unknown(name: str) -> NotFound:
 def _deletable(session: Session, name: str) -> str:
     """The id of the job whose result has this name."""
     if not names.is_made(name):
-        raise Forbidden(
-            f"{name[:200]} is a base model; only models that jobs made can be deleted.",
+        raise Invalid(
+            f"model: {name[:200]!r} is no model that a job made; others can not be deleted here",
             code="base_model",
             param="model",
         )
@@ -107,7 +107,7 @@ def _deletable(session: Session, name: str) -> str:
         raise _unknown(name)
     if made.step is not None:
         raise Invalid(
-            f"model: {name[:200]} is a checkpoint; those are kept and removed by the server's own rules, or with their job",
+            f"model: {name[:200]!r} is a checkpoint; those are kept and removed by the server's own rules, or with their job",
             code="invalid_request",
             param="model",
         )
