@@ -176,7 +176,7 @@ def test_states_are_told_as_statuses(box) -> None:
     assert status() == "running"
     lease.start()
     assert box.admin.post(f"{JOBS}/{job_id}/pause").json()["state"] == "running"
-    lease.post("heartbeat")
+    lease.post("heartbeat", started=True)
     assert (box.state(job_id), status()) == ("stopping", "running")
     lease.finish("paused")
     assert status() == "paused"
