@@ -138,8 +138,10 @@ def _made_before(session: Session, submission: Submission, now: datetime) -> str
     if key is not None:
         earlier = find_submitted(session, owner=owner, idempotency_key=key, body_sha256=body, now=now)
         if earlier is None:
-            here = (col(JobRow.owner) == owner, col(JobRow.idempotency_key) == key)
-            session.exec(update(JobRow).where(*here).values(idempotency_key=None))
+            # Of an old job only: another server may have made one with the key since the look.
+            old = (col(JobRow.owner) == owner, col(JobRow.created_at) <= now - KEY_LIFETIME)
+            of_it = col(JobRow.idempotency_key) == key
+            session.exec(update(JobRow).where(*old, of_it).values(idempotency_key=None))
         return earlier
     if submission.one_of_tries is None:
         return None

@@ -95,6 +95,7 @@ class ResultFiles:
 
     async def _make(self, job: Ended) -> None:
         server = self._server
+        server.disk.require_room()
         # The name tells a start what uploads left behind.
         handle, name = tempfile.mkstemp(prefix="upload-", dir=server.folder.tmp)
         path = Path(name)

@@ -3,6 +3,9 @@
 from typing import Any
 
 import pytest
+from sqlmodel import update
+
+from sftd_server.tables import FileRow, JobRow
 
 JOBS = "/v1/fine_tuning/jobs"
 
@@ -180,6 +183,31 @@ def test_states_are_told_as_statuses(box) -> None:
     assert (box.state(job_id), status()) == ("stopping", "running")
     lease.finish("paused")
     assert status() == "paused"
+
+
+def test_a_job_whose_files_are_being_checked_says_so(box) -> None:
+    job_id = posted(box)["id"]
+    box.run(
+        box.server.db.write(lambda session: session.exec(update(JobRow).values(checking_files=True)).rowcount)
+    )
+
+    assert box.admin.get(f"{JOBS}/{job_id}").json()["status"] == "validating_files"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text": "a"}\n\n' * 40,
+        b" [" + b'{"text": "a"}, ' * 39 + b'{"text": "a"}]',
+    ],
+    ids=["lines", "array"],
+)
+def test_rows_that_no_check_has_counted_yet_are_counted_for_auto(box, content: bytes) -> None:
+    file = box.upload(content)
+    unchecked = update(FileRow).where(FileRow.id == file).values(num_rows=None)
+    box.run(box.server.db.write(lambda session: session.exec(unchecked).rowcount))
+
+    assert posted(box, training_file=file)["hyperparameters"]["n_epochs"] == 3
 
 
 def test_a_failure_says_what_went_wrong_and_who_can_mend_it(box) -> None:
