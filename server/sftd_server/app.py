@@ -37,6 +37,9 @@ from sftd_server.gate import Gate
 from sftd_server.janitor import Janitor
 from sftd_server.jobs import removal
 from sftd_server.jobs import router as jobs_router
+from sftd_server.openai import jobs as openai_jobs
+from sftd_server.openai import models as openai_models
+from sftd_server.openai.results import ResultFiles
 from sftd_server.plans import router as plans_router
 from sftd_server.server import Server
 from sftd_server.settings import Settings, SettingsError, read_settings
@@ -83,6 +86,8 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
         docs,
     ):
         app.include_router(part.router)
+    for part in (openai_jobs, openai_models):
+        app.include_router(part.router)
     docs.describe(app)
     return app
 
@@ -106,6 +111,7 @@ async def running(server: Server) -> AsyncIterator[Janitor]:
             asyncio.create_task(Upkeep(server).run(), name="upkeep"),
             asyncio.create_task(janitor.run(), name="janitor"),
             asyncio.create_task(Mirror(server).run(), name="mirror"),
+            asyncio.create_task(ResultFiles(server).run(), name="result files"),
         ]
         if server.db.shared:
             beside.append(asyncio.create_task(server.keyring.follow(), name="keys"))

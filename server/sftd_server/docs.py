@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 
-from sftd_server.errors import ERROR_MEANINGS, NotFound
+from sftd_server.errors import ERROR_MEANINGS, NotFound, is_openai
 
 _STATIC = Path(fastapi_offline.__file__).parent / "static"
 _ASSETS = {
@@ -102,9 +102,11 @@ def _cached(app: FastAPI) -> Any:  # the type of FastAPI.openapi
                 "key": {"type": "http", "scheme": "bearer", "description": "An access key."}
             }
             schema["security"] = [{"key": []}]
-            for methods in schema["paths"].values():
+            for path, methods in schema["paths"].items():
                 for operation in methods.values():
                     _add_common_errors(operation)
+                    if is_openai(path):  # there a malformed request is a 400
+                        operation["responses"].pop("422", None)
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -1,13 +1,14 @@
 """What the server answers when something is wrong: one tree of classes, one shape.
 
 Every error, from a validation mistake to an unknown path, is `{"error": {"message", "type", "param", "code"}}`.
-Raise the narrowest class; the message says what happened, with the values, then what to do about it.
+Raise the narrowest class; the message says what happened, with the values, then what to do about it. Under /v1
+`error_answer` gives it the statuses and types that OpenAI's clients know: nothing else need think of that.
 """
 
 import errno
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -57,11 +58,16 @@ _EXAMPLES = {
 }
 
 
+OPENAI = "/v1"  # where OpenAI's surface stands
+_OPENAI_TYPES = dict.fromkeys(("invalid_request", "not_found", "too_large"), "invalid_request_error")
+
+
 class ApiError(HTTPException):
     """Base of all expected errors. It is an HTTPException so that FastAPI lets it pass while it reads a body."""
 
     status = 500
     kind = "server_error"
+    may_pass = False  # the same call may succeed soon, so that a client may try again by itself
 
     def __init__(
         self, message: str, *, code: str, param: str | None = None, headers: dict[str, str] | None = None
@@ -98,6 +104,7 @@ class RequestTimeout(ApiError):
 
     status = 408
     kind = "invalid_request"
+    may_pass = True
 
 
 class Conflict(ApiError):
@@ -105,6 +112,12 @@ class Conflict(ApiError):
 
     status = 409
     kind = "conflict"
+
+    def __init__(
+        self, message: str, *, code: str, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message, code=code, param=param, headers=headers)
+        self.may_pass = code == "changed_meanwhile"
 
 
 class TooLarge(ApiError):
@@ -136,10 +149,13 @@ class Invalid(ApiError):
 
     status = 422
     kind = "invalid_request"
+    mistakes: Sequence[Mistake] = ()  # one by one, where there may be several
 
     @classmethod
     def of(cls, mistakes: list[Mistake], *, code: str = "invalid_request") -> "Invalid":
-        return cls("\n".join(map(str, mistakes)), code=code, param=mistakes[0].field)
+        error = cls("\n".join(map(str, mistakes)), code=code, param=mistakes[0].field)
+        error.mistakes = mistakes
+        return error
 
 
 class UpgradeRequired(ApiError):
@@ -183,6 +199,7 @@ class Unavailable(ApiError):
 
     status = 503
     kind = "server_error"
+    may_pass = True
 
     def __init__(self, message: str, *, code: str) -> None:
         super().__init__(message, code=code, headers={"retry-after": "1"})
@@ -193,6 +210,7 @@ class DiskFull(ApiError):
 
     status = 507
     kind = "server_error"
+    may_pass = True
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(
@@ -219,12 +237,20 @@ def is_disk_full(error: Exception) -> bool:
     return failure(error) is Failure.FULL
 
 
-def error_answer(error: ApiError) -> JSONResponse:
-    """The one shape."""
-    body = ErrorBody(message=error.message, type=error.kind, param=error.param, code=error.code)
-    return JSONResponse(
-        ErrorAnswer(error=body).model_dump(), status_code=error.status, headers=dict(error.headers or {})
-    )
+def is_openai(path: str) -> bool:
+    """Whether a path belongs to OpenAI's surface."""
+    return path == OPENAI or path.startswith(f"{OPENAI}/")
+
+
+def error_answer(error: ApiError, path: str) -> JSONResponse:
+    """The one shape. OpenAI's clients know a malformed request as a 400, and are told what they need not try again."""
+    status, kind, headers = error.status, error.kind, dict(error.headers or {})
+    if is_openai(path):
+        status = 400 if status == 422 else status
+        kind = _OPENAI_TYPES.get(kind, kind)
+        headers["x-should-retry"] = "true" if error.may_pass else "false"
+    body = ErrorBody(message=error.message, type=kind, param=error.param, code=error.code)
+    return JSONResponse(ErrorAnswer(error=body).model_dump(), status_code=status, headers=headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -232,15 +258,16 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error_answer(error)
+        return error_answer(error, request.url.path)
 
     async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, StarletteHTTPException)
-        return error_answer(_translated(request, error))
+        return error_answer(_translated(request, error), request.url.path)
 
     async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return error_answer(Invalid.of(mistakes_of(error.errors(), _body_model(request))))
+        invalid = Invalid.of(mistakes_of(error.errors(), _body_model(request)))
+        return error_answer(invalid, request.url.path)
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(StarletteHTTPException, on_http_error)

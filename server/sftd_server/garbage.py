@@ -147,7 +147,8 @@ def find_unused_files(session: Session, *, before: datetime) -> list[StorageItem
     for inputs in session.exec(select(JobRow.inputs)):
         found = JobInputs.model_validate(inputs)
         named |= {file.file_id for file in (found.training_file, found.validation_file) if file}
-    rows = session.exec(select(FileRow).where(col(FileRow.created_at) < before).order_by(col(FileRow.number)))
+    query = select(FileRow).where(col(FileRow.created_at) < before, FileRow.purpose == "fine-tune")
+    rows = session.exec(query.order_by(col(FileRow.number)))
     return [
         StorageItem(
             kind="file", job_id=None, name=row.id, step=None, bytes=row.bytes, why="no job has named it"

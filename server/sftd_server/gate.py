@@ -49,6 +49,7 @@ class InternalError(ApiError):
 
     status = 500
     kind = "server_error"
+    may_pass = True
 
 
 class Gate:
@@ -123,7 +124,7 @@ class Gate:
 
     async def _refuse(self, error: ApiError, scope: Scope, body: "_Body", answer: "_Answer") -> None:
         if not answer.started:
-            await error_answer(error)(scope, body.receive, answer.send)
+            await error_answer(error, scope["path"])(scope, body.receive, answer.send)
 
 
 class _Answer:

@@ -8,3 +8,8 @@ _ALPHABET = "0123456789abcdefghijkmnpqrstuvwxyz"  # without l and o, which look 
 def new_id(prefix: str) -> str:
     """`job_7k2m…`: 12 characters, 61 bits."""
     return f"{prefix}_" + "".join(secrets.choice(_ALPHABET) for _ in range(12))
+
+
+def result_file_id(job_id: str) -> str:
+    """The id of a job's result file: always the same, so that making it twice makes one."""
+    return f"file_result_{job_id.removeprefix('job_')}"

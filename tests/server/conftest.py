@@ -32,6 +32,7 @@ ON_BOTH = (
     "workers",
     "files",
     "test_audit.py",
+    "openai",
     "test_auth.py",
     "test_migrations.py",
     "test_db.py",

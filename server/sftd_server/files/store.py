@@ -65,7 +65,7 @@ async def keep(server: Server, upload: Upload, caller: Caller) -> File:
     answer = _file(row)
     blob = server.folder.path / server.folder.blob_name(upload.sha256)
     async with server.file_changes:
-        await asyncio.to_thread(_publish, upload.path, blob)
+        await asyncio.to_thread(publish, upload.path, blob)
         try:
             # A row of its own for each run: a session that gives up uses it up.
             await server.db.write(lambda session: _add(session, row))
@@ -175,7 +175,7 @@ def _refuse_containers(upload: Upload) -> None:
         )
 
 
-def _publish(temporary: Path, blob: Path) -> None:
+def publish(temporary: Path, blob: Path) -> None:
     """Put the content in its place for good: on disk first, then under its name."""
     blob.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fsync(temporary)

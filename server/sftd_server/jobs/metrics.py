@@ -7,7 +7,7 @@ up to the earliest start of any later attempt, which is a window of steps; windo
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,11 @@ def windows(session: Session, number: int | None) -> list[Window]:
     return found[::-1]
 
 
+def names(session: Session, number: int | None) -> list[str]:
+    """The metrics that a job has."""
+    return list(_name_ids(session, number, []).values())
+
+
 def page(session: Session, number: int | None, names: list[str], *, after: int, limit: int) -> MetricsPage:
     """The next `limit` steps after `after`."""
     points: dict[int, dict[str, float]] = {}
@@ -101,6 +106,26 @@ def thinned(
         for step, value in _values_at(session, number, name_id, spans, list(found)):
             found[step][name] = value
     return MetricsPage({step: values for step, values in found.items() if values}, has_more=False)
+
+
+def newest_at(session: Session, number: int | None, name: str, steps: Sequence[int]) -> dict[int, float]:
+    """The value of a metric that was reported last at or before each of these steps."""
+    spans = windows(session, number)[::-1]
+    query = text(
+        "SELECT value FROM metric WHERE job = :job AND name_id = :name AND attempt = :attempt"
+        " AND step > :after AND step <= :last ORDER BY step DESC LIMIT 1"
+    )
+    found: dict[int, float] = {}
+    for name_id in _name_ids(session, number, [name]):
+        for step in steps:
+            for span in spans:
+                bound = {"job": number, "name": name_id, "attempt": span.attempt}
+                bound |= {"after": span.after, "last": min(step, span.last)}
+                row = session.connection().execute(query, bound).first() if span.after < step else None
+                if row is not None:
+                    found[step] = from_storage(row[0])
+                    break
+    return found
 
 
 def recent_seconds(session: Session, number: int | None, attempt: int) -> list[float]:

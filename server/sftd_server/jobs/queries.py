@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import text
+from sqlalchemy import Text, cast, text
 from sqlmodel import Session, col, select
 
 from sftd.schemas import (
@@ -26,6 +26,7 @@ from sftd.schemas import (
     Want,
 )
 from sftd.spec import JobSpec
+from sftd_server.cursors import number_of
 from sftd_server.errors import Conflict, NotFound
 from sftd_server.jobs import accounts
 from sftd_server.jobs.metrics import from_storage, recent_seconds, windows
@@ -44,6 +45,7 @@ class JobFilter:
     states: Sequence[str]
     owner: str | None
     metadata: dict[str, str]
+    without_metadata: bool = False  # those that have none
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,23 @@ def jobs(
             f"EXISTS (SELECT 1 FROM {each}(job.labels) AS pair WHERE pair.key = :key{i} AND pair.value = :value{i})"
         )
         query = query.where(clause.bindparams(**{f"key{i}": key, f"value{i}": value}))
+    if wanted.without_metadata:
+        query = query.where(cast(col(JobRow.labels), Text) == "{}")
     if after is not None:
-        query = query.where(col(JobRow.number) < find_job(session, after).number)
+        query = query.where(col(JobRow.number) < _cursor(session, after))
     rows = session.exec(query).all()
     queue = Queue(session, context.settings, context.now)
     data = [_job(session, row, context, queue, thoroughly=False) for row in rows[:limit]]
     more = len(rows) > limit
     return Page[Job](data=data, has_more=more, next_after=data[-1].id if more else None)
+
+
+def _cursor(session: Session, after: str) -> int:
+    """Where a list of jobs goes on, also after one that has been deleted. Raises NotFound."""
+    number = number_of(session, JobRow, after)
+    if number is None:
+        raise NotFound(f"There is no job {after!r}; GET /jobs lists them.", code="unknown_job")
+    return number
 
 
 def events(
@@ -200,6 +212,8 @@ def checkpoint_files(session: Session, job_id: str, step: int) -> StoredFiles:
 def result_files(session: Session, job_id: str) -> StoredFiles:
     """The files of a job's result."""
     row = find_job(session, job_id)
+    if row.result_deleted_at is not None:
+        raise NotFound(f"The model that {job_id} made has been deleted.", code="result_deleted")
     if not row.result:
         raise Conflict(
             f"{job_id} is {row.state} and has no result" + (" yet." if row.finished_at is None else "."),

@@ -8,20 +8,23 @@ import logging
 import os
 import re
 import shutil
+from datetime import datetime
 from pathlib import Path
 
+from sqlalchemy import null
 from sqlmodel import Session, col, delete, select
 
 from sftd.schemas import JobState
 from sftd_server.audit import service as audit
 from sftd_server.auth import Caller
+from sftd_server.cursors import bury
 from sftd_server.db import touch
-from sftd_server.errors import Conflict
-from sftd_server.ids import new_id
+from sftd_server.errors import Conflict, NotFound
+from sftd_server.ids import new_id, result_file_id
 from sftd_server.jobs import dependencies
-from sftd_server.jobs.service import JobInputs, find_job, makers, own_job
+from sftd_server.jobs.service import JobInputs, Note, add_event, find_job, makers, own_job, update_seen
 from sftd_server.jobs.states import TERMINAL
-from sftd_server.tables import JobRow
+from sftd_server.tables import FileRow, JobRow
 
 TRASH = ".trash-"
 _NOTE = ".delete-"
@@ -42,8 +45,9 @@ def _require_at_rest(row: JobRow) -> None:
         raise Conflict(f"{row.id} is {row.state}; cancel it first, then delete it.", code="wrong_state")
 
 
-def remove(session: Session, job_id: str, caller: Caller) -> None:
-    """Take a job and all that is recorded of it out of the database. Raises Conflict while it runs or is needed."""
+def remove(session: Session, job_id: str, caller: Caller, now: datetime) -> None:
+    """Take a job and all that is recorded of it out of the database, with its result file, whose content the janitor
+    takes. Raises Conflict while it runs or is needed."""
     row = own_job(session, job_id, caller)
     _require_at_rest(row)
     needed_by = dependencies.needed_by(session, row) or _referred_to_by(session, row)
@@ -55,8 +59,50 @@ def remove(session: Session, job_id: str, caller: Caller) -> None:
     here = (col(JobRow.number) == row.number, col(JobRow.state) == row.state)
     if session.exec(delete(JobRow).where(*here, col(JobRow.attempt) == row.attempt)).rowcount != 1:
         raise Conflict(f"{job_id} has just changed; try again.", code="changed_meanwhile")
+    bury(session, job_id, row.number, now)
+    _remove_result_file(session, job_id, now)
     touch(session, f"job:{job_id}", "queue")
     audit.describe(session, name=row.name, owner=row.owner, state=row.state)
+
+
+def _remove_result_file(session: Session, job_id: str, now: datetime) -> None:
+    file_id = result_file_id(job_id)
+    number = session.exec(select(FileRow.number).where(FileRow.id == file_id).with_for_update()).first()
+    if number is not None:
+        bury(session, file_id, number, now)
+        session.exec(delete(FileRow).where(col(FileRow.id) == file_id))
+
+
+def remove_result(session: Session, job_id: str, caller: Caller, now: datetime) -> None:
+    """Take what a job made off the record: its model. Raises NotFound, Forbidden, and Conflict while a job that is not
+    over needs it."""
+    row = own_job(session, job_id, caller)
+    if row.result is None:
+        raise NotFound(f"{job_id} has no model (any more).", code="unknown_model", param="model")
+    needed_by = _result_needed_by(session, row)
+    if needed_by is not None:
+        raise Conflict(
+            f"The model of {job_id} is needed by {needed_by}, which is not over; cancel that one or wait for it.",
+            code="model_needed",
+            param="model",
+        )
+    update_seen(session, row, {"result": null(), "result_deleted_at": now})
+    add_event(session, row, Note("result_deleted", f"{caller.name} deleted the model that it made."), now)
+
+
+def _result_needed_by(session: Session, row: JobRow) -> str | None:
+    """The id of a job that is not over and has this one's result as its base, or the base of its base."""
+    result = f"jobs/{row.id}/results"
+    theirs = (col(JobRow.state).not_in(list(TERMINAL)), col(JobRow.number) != row.number)
+    for other in session.exec(select(JobRow).where(*theirs, col(JobRow.base_model).like("job:%"))):
+        base = JobInputs.model_validate(other.inputs).base
+        if base is None and row.id in makers(
+            session, other.base_model, JobInputs.model_validate(other.inputs)
+        ):
+            return other.id
+        if base is not None and result in (base.path, base.base_model):
+            return other.id
+    return None
 
 
 def _referred_to_by(session: Session, row: JobRow) -> str | None:
@@ -96,6 +142,17 @@ def put_away(jobs: Path, job_id: str) -> Path | None:
 def empty(trash: Path) -> None:
     """Delete a folder that was put away. What cannot be deleted is tried again at the next start."""
     shutil.rmtree(trash, onerror=lambda _, path, error: log.warning("%s stays: %s", path, error[1]))
+
+
+def put_result_away(job: Path) -> Path | None:
+    """Rename a job's result out of sight. Where it is now; None if there was none. What is left there by a server that
+    dies then, the janitor takes."""
+    trash = job / f"{TRASH}results-{new_id('t')}"
+    try:
+        os.rename(job / "results", trash)
+    except FileNotFoundError:
+        return None
+    return trash
 
 
 def noted(jobs: Path) -> list[str]:

@@ -26,10 +26,19 @@ from sftd.schemas import (
     PinRequest,
     RetryRequest,
 )
-from sftd.spec import JobSpec
 from sftd_server.auth import Caller, caller_of
 from sftd_server.errors import Invalid, error_responses
-from sftd_server.jobs import again, changes, downloads, metrics, queries, removal, service, submission
+from sftd_server.jobs import (
+    again,
+    changes,
+    downloads,
+    metrics,
+    posting,
+    queries,
+    removal,
+    service,
+    submission,
+)
 from sftd_server.jobs.queries import JobFilter
 from sftd_server.jobs.stream import PAGE, starting_point, stream
 from sftd_server.server import Server, server_of
@@ -126,7 +135,6 @@ _EVENT_STREAM: dict[int | str, dict[str, Any]] = {  # OpenAPI: open by nature
 _BYTES: dict[int | str, dict[str, Any]] = {  # OpenAPI: open by nature
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }
-Checked = tuple[JobSpec, service.JobInputs, service.Origin | None]
 MAX_METADATA_FILTERS = 16  # as many as a job has pairs
 _METADATA_NAME = re.compile(r"^metadata\[(.{1,64})\]$", re.DOTALL)
 
@@ -147,8 +155,8 @@ async def submit(
     """
     value = read_json(await request.body())
 
-    def check(session: Session) -> Checked:
-        spec, inputs = submission.check(session, value, sources_of(server))
+    def check(session: Session) -> posting.Checked:
+        spec, inputs = submission.check(session, value, posting.sources(server))
         return spec, inputs, None
 
     return await _submit(server, caller, idempotency_key, value, check)
@@ -164,18 +172,7 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> Page[Job]:
     """Jobs, newest first. `next_after` is the `after` of the next page."""
-    metadata = {
-        found[1]: value
-        for name, value in request.query_params.multi_items()
-        if (found := _METADATA_NAME.match(name))
-    }
-    if len(metadata) > MAX_METADATA_FILTERS:
-        raise Invalid(
-            f"metadata: a job has at most {MAX_METADATA_FILTERS} pairs; {len(metadata)} were asked for",
-            code="invalid_request",
-            param="metadata",
-        )
-    wanted = JobFilter(states=state or [], owner=owner, metadata=metadata)
+    wanted = JobFilter(states=state or [], owner=owner, metadata=metadata_filters(request))
     context = queries.Context(server.settings, server.clock.now())
     return await server.db.read(
         lambda session: queries.jobs(session, wanted, context, after=after, limit=limit)
@@ -220,7 +217,7 @@ async def retry(
     no checkpoint, it begins anew. Its result is that of a run that was never interrupted.
     """
     request = message or RetryRequest()
-    sources = sources_of(server)
+    sources = posting.sources(server)
     asked = {"retry": job_id, **request.model_dump(by_alias=True)}
     return await _submit(
         server,
@@ -242,7 +239,7 @@ async def clone(
     """Post a job with the same spec but for the fields in the body: `{"learning_rate": 1e-4}`; null stands for a field's
     default. It is checked like any new job and linked by `clone_of`."""
     overrides = await _fields(request)
-    sources = sources_of(server)
+    sources = posting.sources(server)
     asked = {"clone": job_id, "overrides": overrides}
     return await _submit(
         server,
@@ -285,8 +282,9 @@ async def delete(
     # No note of what never was, or what may not go.
     await server.db.read(lambda session: removal.require_removable(session, job_id, caller))
     left = None if keep_files else await asyncio.to_thread(removal.note, jobs, job_id)
+    now = server.clock.now()
     try:
-        await server.db.write(lambda session: removal.remove(session, job_id, caller))
+        await server.db.write(lambda session: removal.remove(session, job_id, caller, now))
     except Exception:
         if left is not None:
             left.unlink(missing_ok=True)
@@ -443,6 +441,22 @@ async def archive(job_id: JobId, server: ServerDep) -> Response:
     return await server.uploads.in_thread(downloads.archive, server.shelf, stored, job_id)
 
 
+def metadata_filters(request: Request) -> dict[str, str]:
+    """What `metadata[k]=v` in the query asks for. Raises Invalid where that is more than a job can have."""
+    metadata = {
+        found[1]: value
+        for name, value in request.query_params.multi_items()
+        if (found := _METADATA_NAME.match(name))
+    }
+    if len(metadata) > MAX_METADATA_FILTERS:
+        raise Invalid(
+            f"metadata: a job has at most {MAX_METADATA_FILTERS} pairs; {len(metadata)} were asked for",
+            code="invalid_request",
+            param="metadata",
+        )
+    return metadata
+
+
 Steering = Callable[[Session, str, Caller, datetime], None]
 Listing = Callable[..., Any]  # queries.logs or queries.events
 
@@ -452,33 +466,15 @@ async def _job(server: Server, job_id: str) -> Job:
     return await server.db.read(lambda session: queries.job(session, job_id, context))
 
 
-def sources_of(server: Server) -> submission.Sources:
-    return submission.Sources(server.folder, server.settings.model_roots, has_store=server.store is not None)
-
-
 async def _submit(
     server: Server,
     caller: Caller,
     idempotency_key: str | None,
     asked: object,
-    check: Callable[[Session], Checked],
+    check: Callable[[Session], posting.Checked],
 ) -> Job:
     """Make a job of what was asked, once per idempotency key."""
-    now, body_sha256 = server.clock.now(), service.body_hash(asked)
-    job_id = None
-    if idempotency_key is not None:
-        find = functools.partial(
-            service.find_submitted,
-            owner=caller.name,
-            idempotency_key=idempotency_key,
-            body_sha256=body_sha256,
-        )
-        job_id = await server.db.read(find)
-    if job_id is None:
-        spec, inputs, origin = await server.db.read(check)
-        submitted = service.Submission(spec, inputs, caller.name, idempotency_key, body_sha256, origin)
-        job_id = await server.db.write(lambda session: service.submit(session, submitted, now))
-    return await _job(server, job_id)
+    return await _job(server, await posting.post(server, caller, posting.Post(asked, idempotency_key), check))
 
 
 async def _fields(request: Request) -> dict[str, Any]:  # JSON: open by nature

@@ -8,10 +8,11 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from pydantic import BaseModel
+from sqlalchemy import func
 from sqlmodel import Session, col, select, update
 
 from sftd.protocol import BaseRef, InputFile
@@ -27,6 +28,10 @@ from sftd_server.jobs.states import LEASED, TERMINAL, Facts, Trigger, next_state
 from sftd_server.tables import CheckpointRow, EventRow, FileRow, JobRow
 
 ADAPTERS = ("lora", "qlora")  # methods whose result stands on another model
+ENDED = "ended"  # the topic of jobs that are over
+KEY_LIFETIME = timedelta(hours=24)  # of an Idempotency-Key; then it may be used anew
+RETRY_LIFETIME = timedelta(minutes=10)  # within this a retry without a key is one of the same call
+_OF_RETRY = "\x1f"  # begins the key of a job whose retry came before its first try; no header can hold it
 _MADE_BY = re.compile(r"^jobs/(?P<job_id>[^/]+)/")
 CHECKPOINT_PATH = re.compile(r"^jobs/(?P<job_id>[^/]+)/checkpoints/(?P<name>[^/]+)$")
 
@@ -51,6 +56,16 @@ class Submission:
     idempotency_key: str | None
     body_sha256: str
     origin: "Origin | None" = None
+    suffix: str | None = None
+    one_of_tries: "Try | None" = None
+
+
+@dataclass(frozen=True)
+class Try:
+    """One try of a call whose client sends it again without a key of its own."""
+
+    is_retry: bool
+    arrived_at: datetime
 
 
 @dataclass(frozen=True)
@@ -79,11 +94,12 @@ def body_hash(value: object) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def find_submitted(session: Session, *, owner: str, idempotency_key: str, body_sha256: str) -> str | None:
+def find_submitted(
+    session: Session, *, owner: str, idempotency_key: str, body_sha256: str, now: datetime
+) -> str | None:
     """The id of the job that this call made before, if it was made before. Raises Invalid if it was another call."""
-    query = select(JobRow).where(JobRow.owner == owner, JobRow.idempotency_key == idempotency_key)
-    row = session.exec(query).first()
-    if row is None:
+    row = _with_key(session, owner, idempotency_key)
+    if row is None or row.created_at <= now - KEY_LIFETIME:
         return None
     if row.body_sha256 != body_sha256:
         raise Invalid(
@@ -94,17 +110,55 @@ def find_submitted(session: Session, *, owner: str, idempotency_key: str, body_s
     return row.id
 
 
+def find_tried(session: Session, one: Try, *, owner: str, body_sha256: str, now: datetime) -> str | None:
+    """The id of the job that another try of this call has made.
+
+    A retry's is the newest with its body. A first try has one only where its retry has overtaken it: one that was made
+    after this try had arrived. So the same body posted twice on purpose makes two jobs.
+    """
+    query = (
+        select(JobRow.id)
+        .where(JobRow.owner == owner, JobRow.body_sha256 == body_sha256)
+        .where(col(JobRow.created_at) > now - RETRY_LIFETIME)
+        .order_by(col(JobRow.number).desc())
+    )
+    overtaken = col(JobRow.idempotency_key).startswith(_OF_RETRY, autoescape=True)
+    if one.is_retry:
+        return session.exec(query.where(col(JobRow.idempotency_key).is_(None) | overtaken)).first()
+    return session.exec(query.where(overtaken, col(JobRow.created_at) >= one.arrived_at)).first()
+
+
+def _with_key(session: Session, owner: str, idempotency_key: str) -> JobRow | None:
+    query = select(JobRow).where(JobRow.owner == owner, JobRow.idempotency_key == idempotency_key)
+    return session.exec(query).first()
+
+
+def _made_before(session: Session, submission: Submission, now: datetime) -> str | None:
+    """The id of the job that this call has made already. An old key is taken from its job, for the new one."""
+    owner, key, body = submission.owner, submission.idempotency_key, submission.body_sha256
+    if key is not None:
+        earlier = find_submitted(session, owner=owner, idempotency_key=key, body_sha256=body, now=now)
+        if earlier is None:
+            # Of an old job only: another server may have made one with the key since the look.
+            old = (col(JobRow.owner) == owner, col(JobRow.created_at) <= now - KEY_LIFETIME)
+            of_it = col(JobRow.idempotency_key) == key
+            session.exec(update(JobRow).where(*old, of_it).values(idempotency_key=None))
+        return earlier
+    if submission.one_of_tries is None:
+        return None
+    if session.connection().dialect.name == "postgresql":  # the other try may be at another server
+        session.exec(select(func.pg_advisory_xact_lock(func.hashtextextended(f"{owner} {body}", 0)))).one()
+    return find_tried(session, submission.one_of_tries, owner=owner, body_sha256=body, now=now)
+
+
 def submit(session: Session, submission: Submission, now: datetime) -> str:
-    """Queue a job, once per idempotency key. Returns its id."""
-    if submission.idempotency_key is not None:
-        earlier = find_submitted(
-            session,
-            owner=submission.owner,
-            idempotency_key=submission.idempotency_key,
-            body_sha256=submission.body_sha256,
-        )
-        if earlier:
-            return earlier
+    """Queue a job, once per idempotency key or call. Returns its id."""
+    earlier = _made_before(session, submission, now)
+    if earlier is not None:
+        return earlier
+    key = submission.idempotency_key
+    if key is None and submission.one_of_tries is not None and submission.one_of_tries.is_retry:
+        key = new_id(_OF_RETRY)
     limits.require_place(session, submission.owner, now)
     _require_files(session, submission.inputs)
     spec, origin = submission.spec, submission.origin or Origin("Waiting for a worker.")
@@ -113,7 +167,7 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
     row = JobRow(
         id=new_id("job"),
         owner=submission.owner,
-        idempotency_key=submission.idempotency_key,
+        idempotency_key=key,
         body_sha256=submission.body_sha256,
         gpus=spec.gpus,
         base_model=spec.base_model,
@@ -128,6 +182,7 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
         clone_of=origin.clone_of,
         seed_job=origin.seed_job,
         seed_checkpoint=origin.seed_checkpoint,
+        suffix=submission.suffix,
     )
     row.expected_gpu_seconds = accounts.expected_gpu_seconds(session, spec, submission.inputs.training_file)
     session.add(row)
@@ -204,6 +259,18 @@ def _require_base(session: Session, base_model: str, inputs: JobInputs) -> None:
         found = CHECKPOINT_PATH.match(path)
         if found:
             require_checkpoint(session, found["job_id"], found["name"], field="base_model")
+        elif made_by := _MADE_BY.match(path):
+            _require_result(session, made_by["job_id"])
+
+
+def _require_result(session: Session, job_id: str) -> None:
+    query = select(JobRow.id).where(JobRow.id == job_id, col(JobRow.result_deleted_at).is_not(None))
+    if session.exec(query).first() is not None:
+        raise Invalid(
+            f"base_model: the model that {job_id} made has been deleted; train it again, or choose another.",
+            code="invalid_spec",
+            param="base_model",
+        )
 
 
 def _require_seed(session: Session, origin: "Origin") -> None:
@@ -446,7 +513,10 @@ def _update_moved(
         )
         .values(**{"state": to, **_settled(to, now), **values})
     )
-    return session.exec(statement).rowcount == 1
+    moved = session.exec(statement).rowcount == 1
+    if moved and to in TERMINAL:
+        touch(session, ENDED)
+    return moved
 
 
 def _settled(to: JobState, now: datetime) -> dict[str, Any]:

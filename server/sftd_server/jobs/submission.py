@@ -154,6 +154,12 @@ def _path_in_job(
                 f" job:{row.id}@<step>",
             )
             return None
+        if row.result_deleted_at is not None:
+            found.note(
+                "base_model",
+                f"the model that {row.id} made has been deleted; train it again, or choose another",
+            )
+            return None
         path, files, hashes = f"{job_name}/results", row.result or {}, set[str]()
     else:
         query = (

@@ -10,8 +10,8 @@ from sftd.plan import Plan, RowPreview
 from sftd.protocol import TOKEN_HEADER, AnalysisClaim, AnalysisReport, AnalysisRequest, AnalysisTask, Ok
 from sftd.spec import JobSpec
 from sftd_server.errors import Conflict, Invalid, Unavailable, error_responses
-from sftd_server.jobs import submission
-from sftd_server.jobs.router import SPEC_BODY, sources_of
+from sftd_server.jobs import posting, submission
+from sftd_server.jobs.router import SPEC_BODY
 from sftd_server.jobs.submission import Look
 from sftd_server.plans import service
 from sftd_server.plans.assembly import Parts, assemble
@@ -56,7 +56,7 @@ async def plan(
     """
     named = _known(gpu or [])
     value = read_json(await request.body())
-    sources = sources_of(server)
+    sources = posting.sources(server)
     look = await server.db.read(lambda session: submission.look(session, value, sources))
     counted = look.spec or _without_mistakes(value, look)
     asked = _request(counted, look)
@@ -84,7 +84,7 @@ async def preview(
         "train_on": train_on,
         "max_seq_length": max_seq_length,
     }
-    sources = sources_of(server)
+    sources = posting.sources(server)
     look = await server.db.read(lambda session: submission.look(session, value, sources))
     asked = _request(look.spec, look)
     if look.mistakes or asked is None:

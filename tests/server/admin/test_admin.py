@@ -21,6 +21,7 @@ from tests.postgres import Postgres
 
 from sftd_server.admin.check import check
 from sftd_server.artifacts.mirror import LEAVING, Mirror
+from sftd_server.openai.results import ResultFiles
 from sftd_server.settings import Settings
 from sftd_server.tables import StoredRow
 
@@ -73,6 +74,7 @@ def fill(box) -> list[str]:
     waiting = box.submit(priority=3)
     box.admin.post(f"/jobs/{waiting}/pause")
     box.key("ci")
+    box.run(ResultFiles(box.server).make_missing())  # it is made beside the requests
     return [done.job_id, failed.job_id, running.job_id, waiting]
 
 

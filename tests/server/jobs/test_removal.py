@@ -192,7 +192,7 @@ def test_a_job_posted_while_what_it_needs_is_being_deleted_is_refused(make_box, 
     ask = asking_for(here, needed, kind)
 
     with ThreadPoolExecutor(1) as pool:
-        with there.in_open_write(lambda session: removal.remove(session, needed, ADMIN)):
+        with there.in_open_write(lambda session: removal.remove(session, needed, ADMIN, there.clock.now())):
             posting = pool.submit(lambda: here.run(here.server.db.write(ask)))
             with pytest.raises(TimeoutError):
                 posting.result(0.3)
