@@ -32,10 +32,13 @@ from sftd_server.datafolder import StartRefused, require_local
 from sftd_server.errors import install_error_handlers
 from sftd_server.exposure import check_exposure
 from sftd_server.files import router as files_router
+from sftd_server.files.checker import Checker
 from sftd_server.gate import Gate
 from sftd_server.janitor import Janitor
 from sftd_server.jobs import removal
 from sftd_server.jobs import router as jobs_router
+from sftd_server.openai import files as openai_files
+from sftd_server.openai import uploads as openai_uploads
 from sftd_server.server import Server
 from sftd_server.settings import Settings, SettingsError, read_settings
 from sftd_server.upkeep import Upkeep
@@ -69,6 +72,8 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
     install_error_handlers(app)
     for part in (jobs_router, files_router, workers_router, artifacts_router, keys, status, storage, docs):
         app.include_router(part.router)
+    for part in (openai_files, openai_uploads):
+        app.include_router(part.router)
     docs.describe(app)
     return app
 
@@ -92,6 +97,7 @@ async def running(server: Server) -> AsyncIterator[Janitor]:
             asyncio.create_task(Upkeep(server).run(), name="upkeep"),
             asyncio.create_task(janitor.run(), name="janitor"),
             asyncio.create_task(Mirror(server).run(), name="mirror"),
+            asyncio.create_task(Checker(server).run(), name="checker"),
         ]
         if server.db.shared:
             beside.append(asyncio.create_task(server.keyring.follow(), name="keys"))

@@ -148,6 +148,7 @@ def is_ready(now: datetime) -> ColumnElement[bool]:
         col(JobRow.state) == JobState.QUEUED,
         col(JobRow.want) == Want.RUN,
         col(JobRow.not_before) <= now,
+        col(JobRow.checking_files).is_(False),
         dependencies.are_met(),
     )
 
