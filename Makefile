@@ -10,10 +10,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 AUDIT  := .venv-audit
+OPENAI := .venv-openai-1/.ready .venv-openai-3/.ready
 
 .PHONY: setup demo test check faults faults-long audit bench containers clean
 
-setup: $(READY)
+setup: $(READY) $(OPENAI)
 
 # torch comes from the lock file with everything else: a plain pip takes the build that fits the machine.
 $(READY): requirements.lock pyproject.toml
@@ -22,6 +23,12 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $(READY)
+
+# The oldest and the newest openai package that /v1 is tested with, each in an environment of its own.
+.venv-openai-%/.ready: tests/contract/requirements-openai-%.txt
+	test -x .venv-openai-$*/bin/python || $(PYTHON) -m venv .venv-openai-$*
+	.venv-openai-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -65,4 +72,4 @@ containers: setup
 	bash tests/containers/run.sh
 
 clean:
-	rm -rf $(VENV) $(AUDIT) demo-data
+	rm -rf $(VENV) $(AUDIT) .venv-openai-1 .venv-openai-3 demo-data
