@@ -45,6 +45,8 @@ def test_f23_no_request_breaks_the_server_or_gets_an_undocumented_answer(
     (tmp_path / "openapi.json").write_text(json.dumps(schema))
     # Ids that exist, so that more than 404 is met.
     known = {"job_id": job_id, "file_id": box.upload(), "worker_id": "w1"}
+    announced = {"filename": "f", "purpose": "fine-tune", "bytes": 3, "mime_type": "text/jsonl"}
+    known["upload_id"] = box.admin.post("/v1/uploads", json=announced).json()["id"]
     lines = ["[parameters]", *(f'"path.{name}" = "{value}"' for name, value in known.items())]
     config = tmp_path / "schemathesis.toml"
     config.write_text("" if who == "stranger to every id" else "\n".join(lines) + "\n")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 from sqlmodel import Session, select
@@ -228,6 +229,21 @@ def test_a_file_that_turns_out_wrong_while_its_job_is_posted_is_seen_by_one_of_t
     answer = held.admin.post("/jobs", json=spec)
     assert answer.status_code == 422
     assert "line 2" in answer.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_while_it_waits_for_the_check_leaves_nothing_half_done(held) -> None:
+    good, bad = b'{"text": "left behind"}', b"not json"
+    for content in (good, bad):
+        with pytest.raises(httpx.ReadTimeout):
+            held.admin.post("/files", files={"file": content}, timeout=0.2)
+    before = len(held.admin.get("/files").json()["data"])
+    held.let_go()
+
+    until(lambda: not list(held.server.folder.tmp.iterdir()))
+
+    files = held.admin.get("/files").json()["data"]
+    assert len(files) == before + 1
+    assert (files[0]["sha256"], files[0]["status"]) == (sha(good), "processed")
 
 
 def test_a_check_goes_on_after_a_restart(make_box) -> None:
