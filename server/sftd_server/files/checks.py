@@ -17,6 +17,7 @@ from sftd_server.files.rowcheck import Verdict, verdict_on
 
 SMALL_BYTES = 256 * 1024
 NUM_THREADS, NUM_PROCESSES = 4, 4
+NUM_PREVIEWS = 2  # a page may hold a row of many megabytes
 
 log = logging.getLogger("sftd.server")
 
@@ -32,6 +33,7 @@ class Checks:
         self._cache = cache
         self._threads = asyncio.Semaphore(NUM_THREADS)
         self._processes = asyncio.Semaphore(NUM_PROCESSES)
+        self.previews = asyncio.Semaphore(NUM_PREVIEWS)
 
     def marks(self, sha256: str) -> Path:
         """Where the marks of a file's rows lie. What is in the cache may be deleted at any time."""

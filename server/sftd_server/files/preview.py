@@ -38,7 +38,8 @@ async def rows(server: Server, file_id: str, *, after: int, limit: int) -> Page[
     if found.bytes > SMALL_BYTES:
         mark = await _mark_before(server, found, path, after)
     try:
-        return await server.uploads.in_thread(_page, path, mark, after, limit, form)
+        async with server.checks.previews:
+            return await server.uploads.in_thread(_page, path, mark, after, limit, form)
     except FileNotFoundError:
         raise NotFound(f"{found.filename} is no longer on disk.", code="file_gone") from None
 

@@ -116,7 +116,7 @@ async def take_in(
 
     blob = server.folder.path / server.folder.blob_name(upload.sha256)
     async with server.file_changes:
-        await asyncio.to_thread(_publish, upload.path, blob)
+        await asyncio.to_thread(publish, upload.path, blob)
         try:
             return await server.db.write(work)
         except Exception:  # a full disk, say: what nobody can name or delete must not fill it further
@@ -302,7 +302,7 @@ def _refuse_containers(upload: Upload) -> None:
         )
 
 
-def _publish(temporary: Path, blob: Path) -> None:
+def publish(temporary: Path, blob: Path) -> None:
     """Put the content in its place for good: on disk first, then under its name."""
     blob.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fsync(temporary)

@@ -262,13 +262,13 @@ def test_a_check_goes_on_after_a_restart(make_box) -> None:
 def test_a_content_that_another_server_checks_is_left_to_it_until_it_dies(box, monkeypatch) -> None:
     monkeypatch.setattr(checker, "LOOK_SECONDS", 0.02)
     took = []
-    publish = store._publish
+    really_publish = store.publish
 
     def publish_and_hold(temporary: Path, blob: Path) -> None:
-        publish(temporary, blob)
+        really_publish(temporary, blob)
         took.append(try_lock(blob))  # as the other server, which was quicker
 
-    monkeypatch.setattr(store, "_publish", publish_and_hold)
+    monkeypatch.setattr(store, "publish", publish_and_hold)
     file_id = post(box, GOOD)["id"]
     for _ in range(10):
         assert box.admin.get(f"/files/{file_id}").json()["status"] == "uploaded"
@@ -338,7 +338,7 @@ def test_a_file_whose_content_is_gone_is_not_waited_for(held) -> None:
         temporary.unlink()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "_publish", vanish)
+        patch.setattr(store, "publish", vanish)
         file_id = post(held, content)["id"]
 
     assert not blob.exists()
