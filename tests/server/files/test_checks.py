@@ -17,7 +17,7 @@ from sftd_server.disk import try_lock
 from sftd_server.files import checker, store
 from sftd_server.files import checks as checks_module
 from sftd_server.files.checks import CheckFailed, Checks
-from sftd_server.files.rowcheck import verdict_on
+from sftd_server.files.rowcheck import Verdict, verdict_on
 from sftd_server.tables import FileRow
 
 GOOD = b'{"prompt": "2+2?", "completion": "4"}\n'
@@ -282,6 +282,16 @@ def test_a_content_that_another_server_checks_is_left_to_it_until_it_dies(box, m
     os.close(took[0])
 
     assert checked(box, file_id)["status"] == "processed"
+
+
+def test_what_a_check_found_is_written_once(box) -> None:
+    file_id = box.upload(GOOD)
+    late = Verdict(None, None, "line 1, row: of a server that was slow")
+    now = box.clock.now()
+
+    box.run(box.server.db.write(lambda session: checker.settle(session, sha(GOOD), late, now)))
+
+    assert box.admin.get(f"/files/{file_id}").json()["status"] == "processed"
 
 
 def test_a_large_file_is_checked_in_a_process_of_its_own_which_dies_with_its_asker(tmp_path: Path) -> None:
