@@ -64,6 +64,7 @@ bench: setup
 	$(BIN)/python bench/import_time.py
 	$(BIN)/python -m bench.training --case all
 	$(BIN)/python -m bench.start
+	$(BIN)/python -m bench.upload
 	$(BIN)/python -m bench.profile_step
 	$(BIN)/python -m bench.gpu
 

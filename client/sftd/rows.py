@@ -25,6 +25,7 @@ MAX_ROW_VALUES = (
 )
 MAX_PROBLEMS = 20
 READ_BYTES = 1024 * 1024
+MARK_ROWS, MARK_BYTES = 256, 1024 * 1024  # a mark stands before a row so often at least
 FORMATS_HELP = "accepted are: messages | prompt + completion | instruction (+ input) + output | conversations (ShareGPT) | text"
 
 _SHAREGPT_ROLES = {
@@ -100,6 +101,23 @@ class FileSummary:
     num_rows: int
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where a row begins: its line (its item in a JSON array), and its first byte in the file."""
+
+    line: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row that a file was looked into for, or what is wrong with it; and about how long it is in the file."""
+
+    row: "Row | RowProblem"
+    format: Format | None  # of the row, as far as is known
+    num_bytes: int
+
+
 @dataclass
 class _Reading:
     """State of one pass over a file."""
@@ -111,11 +129,18 @@ class _Reading:
     num_problems: int = 0
     max_problems: int = MAX_PROBLEMS
     formats: Counter[str] = field(default_factory=Counter)  # rows by format, those that do not fit in as well
+    marks: list[Mark] | None = None  # None: none are wanted
 
     def note(self, line: int, where: str, message: str) -> None:
         self.num_problems += 1
         if len(self.problems) < self.max_problems:
             self.problems.append(RowProblem(line, where, message, self.unit))
+
+    def wants_mark(self, line: int, offset: int) -> bool:
+        if self.marks is None:
+            return False
+        last = self.marks[-1] if self.marks else Mark(1 - MARK_ROWS, 0)
+        return line - last.line >= MARK_ROWS or offset - last.offset >= MARK_BYTES
 
 
 class _Bad(Exception):
@@ -127,9 +152,12 @@ class _Bad(Exception):
         super().__init__(message)
 
 
-def check_file(path: Path, *, name: str) -> FileSummary:
-    """Read a whole data file; return its format and number of rows. Raises RowsInvalid with every mistake counted."""
-    reading = _Reading(name)
+def check_file(path: Path, *, name: str, marks: list[Mark] | None = None) -> FileSummary:
+    """Read a whole data file; return its format and number of rows. Raises RowsInvalid with every mistake counted.
+
+    `marks` is filled with places that `look_into` may begin at, the file's first row among them.
+    """
+    reading = _Reading(name, marks=marks)
     num_rows = sum(1 for _ in _read(path, reading))
     if reading.num_problems:
         raise RowsInvalid(name, reading.problems, reading.num_problems)
@@ -154,6 +182,28 @@ def read_rows(
     yield from _read(path, reading)
     if reading.num_problems:
         raise RowsInvalid(name, reading.problems, reading.num_problems)
+
+
+def look_into(path: Path, *, mark: Mark | None, after: int, form: Format | None) -> Iterator[Found]:
+    """The rows after a line (or item), good or bad, read from a mark on; without one from the file's beginning.
+
+    Lines before them are passed over unread. `form` is the file's format: a row of another is told as wrong.
+    """
+    reading = _Reading("", format=form)
+    with path.open("rb") as file:
+        values = _array_values if _begin(file, reading) else _jsonl_values
+        if mark is not None:
+            file.seek(mark.offset)
+        for line, value, num_bytes in values(file, reading, mark=mark, after=after):
+            found: Row | RowProblem | None = None
+            if value is not _BROKEN:
+                try:
+                    found = _row(line, value, reading)
+                except _Bad as bad:
+                    found = RowProblem(line, bad.where, bad.message, reading.unit)
+            yield Found(found or reading.problems.pop(), reading.format, num_bytes)
+    for problem in reading.problems[:1]:  # the array itself breaks off
+        yield Found(problem, reading.format, 0)
 
 
 def is_test_translation(task_type: str) -> bool:
@@ -188,48 +238,70 @@ _BROKEN = object()  # stands for a value that could not be read and has been not
 def _json_values(path: Path, reading: _Reading) -> Iterator[tuple[int, Any]]:
     """(line number, value) of every row; item numbers for a JSON array."""
     with path.open("rb") as file:
-        if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark from a Windows editor is no mistake
-            file.seek(0)
-        start = file.tell()
-        head = file.read(4096).lstrip()
-        file.seek(start)
-        if head.startswith(b"["):
-            reading.unit = "item"
-            yield from _array_values(file, reading)
-        else:
-            yield from _jsonl_values(file, reading)
+        values = _array_values if _begin(file, reading) else _jsonl_values
+        for line, value, _ in values(file, reading):
+            yield line, value
 
 
-def _jsonl_values(file: BinaryIO, reading: _Reading) -> Iterator[tuple[int, Any]]:
-    line = 0
+def _begin(file: BinaryIO, reading: _Reading) -> bool:
+    """Pass over a byte order mark, which from a Windows editor is no mistake; whether a JSON array follows."""
+    if file.read(3) != b"\xef\xbb\xbf":
+        file.seek(0)
+    start = file.tell()
+    is_array = file.read(4096).lstrip().startswith(b"[")
+    file.seek(start)
+    reading.unit = "item" if is_array else "line"
+    return is_array
+
+
+def _jsonl_values(
+    file: BinaryIO, reading: _Reading, *, mark: Mark | None = None, after: int = 0
+) -> Iterator[tuple[int, Any, int]]:
+    """(line, value, bytes) of the lines after one that hold something."""
+    line = mark.line - 1 if mark else 0
+    offset = file.tell()
     while raw := file.readline(MAX_ROW_BYTES + 1):
         line += 1
-        if len(raw) > MAX_ROW_BYTES:
+        if reading.wants_mark(line, offset) and reading.marks is not None:
+            reading.marks.append(Mark(line, offset))
+        is_too_long, num_bytes = len(raw) > MAX_ROW_BYTES, len(raw)
+        if is_too_long:
             while raw and not raw.endswith(b"\n"):
                 raw = file.readline(MAX_ROW_BYTES)
-            reading.note(line, "row", f"is longer than {MAX_ROW_BYTES:,} bytes; split it")
-            yield line, _BROKEN
+                num_bytes += len(raw)
+        offset += num_bytes
+        if line <= after:
             continue
-        if raw.strip():
-            yield line, _parse(raw, line, reading)
+        if is_too_long:
+            reading.note(line, "row", f"is longer than {MAX_ROW_BYTES:,} bytes; split it")
+            yield line, _BROKEN, num_bytes
+        elif raw.strip():
+            yield line, _parse(raw, line, reading), num_bytes
 
 
-def _array_values(file: BinaryIO, reading: _Reading) -> Iterator[tuple[int, Any]]:
+def _array_values(
+    file: BinaryIO, reading: _Reading, *, mark: Mark | None = None, after: int = 0
+) -> Iterator[tuple[int, Any, int]]:
     """The items one by one: parsed whole, a large array takes thirty times its size in memory."""
     text = _ArrayText(file)
-    item = 0
+    item = mark.line - 1 if mark else 0
     try:
-        text.expect("[")
-        closed = text.take("]")
+        closed = False
+        if mark is None:
+            text.expect("[")
+            closed = text.take("]")
         while not closed:
             item += 1
+            if reading.wants_mark(item, text.offset) and reading.marks is not None:
+                reading.marks.append(Mark(item, text.exact_offset()))
             value = text.value()
-            try:
-                _check_surrogates(value)
-            except UnicodeEncodeError:
-                reading.note(item, "row", _HALF_A_PAIR)
-                value = _BROKEN
-            yield item, value
+            if item > after:
+                try:
+                    _check_surrogates(value)
+                except UnicodeEncodeError:
+                    reading.note(item, "row", _HALF_A_PAIR)
+                    value = _BROKEN
+                yield item, value, text.num_chars
             closed = text.take("]")
             if not closed:
                 text.expect(",")
@@ -248,6 +320,12 @@ class _ArrayText:
         self._text = ""
         self._at = 0
         self._ended = False
+        self.offset = file.tell()  # in the file, of the first character of the text that is held
+        self.num_chars = 0  # of the newest value
+
+    def exact_offset(self) -> int:
+        """Where in the file the next character stands."""
+        return self.offset + len(self._text[: self._at].encode("utf-8", "surrogatepass"))
 
     def value(self) -> Any:
         """The next JSON value."""
@@ -257,7 +335,7 @@ class _ArrayText:
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
                 if end < len(self._text) or self._ended:  # else a number may go on
-                    self._at = end
+                    self.num_chars, self._at = end - self._at, end
                     return value
             except RecursionError:
                 raise _Bad("row", "is nested too deeply") from None
@@ -304,6 +382,7 @@ class _ArrayText:
     def _read_on(self) -> None:
         """Let go of what has been passed over, and read as much again as is left: a long item is not tried too often."""
         rest = self._text[self._at :]
+        self.offset = self.exact_offset()
         offset = self._file.tell() - len(self._utf8.getstate()[0])
         raw = self._file.read(max(READ_BYTES, len(rest)))
         self._ended = not raw

@@ -194,6 +194,18 @@ class File(Answer):
     expires_at: datetime | None = Field(None, description="When it is deleted by itself.")
 
 
+class RowPreview(Answer):
+    """A row of a data file as it was understood."""
+
+    line: int = Field(description="Its line; its item in a JSON array.")
+    format: str | None = Field(description="messages, prompt_completion, instruction, sharegpt or text.")
+    messages: list[dict[str, Any]] | None = Field(description="As the model's chat template gets them.")
+    weights: list[int] = Field(description="1 for each message that carries the loss.")
+    tools: list[dict[str, Any]] | None
+    text: str | None
+    problem: str | None = Field(description="What is wrong with the row; then nothing else of it is told.")
+
+
 class Event(Answer):
     """Something that happened to a job: `queued`, `claimed`, `running`, `checkpoint`, `evaluation`, `succeeded`, …"""
 

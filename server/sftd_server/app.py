@@ -33,12 +33,15 @@ from sftd_server.datafolder import StartRefused, require_local
 from sftd_server.errors import install_error_handlers
 from sftd_server.exposure import check_exposure
 from sftd_server.files import router as files_router
+from sftd_server.files.checker import Checker
 from sftd_server.gate import Gate
 from sftd_server.janitor import Janitor
 from sftd_server.jobs import removal
 from sftd_server.jobs import router as jobs_router
+from sftd_server.openai import files as openai_files
 from sftd_server.openai import jobs as openai_jobs
 from sftd_server.openai import models as openai_models
+from sftd_server.openai import uploads as openai_uploads
 from sftd_server.openai.results import ResultFiles
 from sftd_server.plans import router as plans_router
 from sftd_server.server import Server
@@ -48,6 +51,23 @@ from sftd_server.workers import router as workers_router
 from sftd_server.workers.reaper import Reaper
 
 log = logging.getLogger("sftd.server")
+
+_PARTS = (
+    plans_router,  # its /jobs/plan stands before /jobs/{job_id}
+    jobs_router,
+    files_router,
+    workers_router,
+    artifacts_router,
+    openai_jobs,
+    openai_models,
+    openai_files,
+    openai_uploads,
+    keys,
+    audit_router,
+    status,
+    storage,
+    docs,
+)
 
 
 def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
@@ -70,23 +90,10 @@ def create_app(settings: Settings, clock: Clock | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.server = server
-    app.include_router(plans_router.router)  # /jobs/plan before /jobs/{job_id}
-    app.include_router(plans_router.worker_router)
     app.add_middleware(Gate, server=server)
     install_error_handlers(app)
-    for part in (
-        jobs_router,
-        files_router,
-        workers_router,
-        artifacts_router,
-        keys,
-        audit_router,
-        status,
-        storage,
-        docs,
-    ):
-        app.include_router(part.router)
-    for part in (openai_jobs, openai_models):
+    app.include_router(plans_router.worker_router)
+    for part in _PARTS:
         app.include_router(part.router)
     docs.describe(app)
     return app
@@ -112,6 +119,7 @@ async def running(server: Server) -> AsyncIterator[Janitor]:
             asyncio.create_task(janitor.run(), name="janitor"),
             asyncio.create_task(Mirror(server).run(), name="mirror"),
             asyncio.create_task(ResultFiles(server).run(), name="result files"),
+            asyncio.create_task(Checker(server).run(), name="checker"),
         ]
         if server.db.shared:
             beside.append(asyncio.create_task(server.keyring.follow(), name="keys"))

@@ -71,7 +71,7 @@ class DiskRoom:
     def admit(self, method: str, path: str, announced: str | None) -> None:
         """Let a request pass, or raise DiskFull. `announced` is the length of its body as it says."""
         if needs_room(method, path):
-            is_large = path == "/files" or path.startswith("/worker/blobs")
+            is_large = path.startswith(("/worker/blobs", "/v1/uploads/")) or path in ("/files", "/v1/files")
             self.require_room(int(announced) if is_large and announced and announced.isdigit() else 0)
 
     # ------------------------------------------------------------ under the lock

@@ -47,6 +47,7 @@ _NETWORK_TYPES = {
     *("fuse.mount-s3", "fuse.juicefs", "fuse.curlftpfs", "fuse.smbnetfs", "fuse.nfs", "fuse.davfs2"),
 }
 _OCTAL = re.compile(r"\\([0-7]{3})")  # how a list of mounts writes a space
+PARTS_PREFIX = "upload_"  # of folders in uploads/: files that users send in parts; the others are of jobs
 _ABANDONED_SECONDS = 3600.0  # an upload that stalls is given up long before
 
 

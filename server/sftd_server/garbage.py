@@ -158,6 +158,19 @@ def find_unused_files(session: Session, *, before: datetime) -> list[StorageItem
     ]
 
 
+def find_expired_files(session: Session, *, now: datetime) -> list[StorageItem]:
+    """Files whose time is up, but for those that a job that is not over needs."""
+    needed = set()
+    for inputs in session.exec(select(JobRow.inputs).where(col(JobRow.state).not_in(list(TERMINAL)))):
+        needed |= {file.file_id for file in JobInputs.model_validate(inputs).files.values()}
+    due = select(FileRow).where(col(FileRow.expires_at) <= now).order_by(col(FileRow.number))
+    return [
+        StorageItem(kind="file", job_id=None, name=row.id, step=None, bytes=row.bytes, why="its time was up")
+        for row in session.exec(due)
+        if row.id not in needed
+    ]
+
+
 def blobs_on_record(session: Session) -> set[str]:
     """Hashes of everything that a row names: uploads, inputs, checkpoints, results, and what is in a store."""
     found = set(session.exec(select(FileRow.sha256))) | set(session.exec(select(StoredRow.sha256)))

@@ -33,6 +33,7 @@ from sftd_server.errors import (
     is_database_busy,
     is_disk_full,
 )
+from sftd_server.files.upload import MAX_PART_BYTES
 from sftd_server.server import Server
 
 MULTIPART_BYTES = 64 * 1024  # room for the frame around an uploaded file
@@ -246,8 +247,10 @@ def _fault(error: Exception, request_id: str) -> ApiError:
 
 def _limit(server: Server, scope: Scope) -> int:
     path = scope["path"]
-    if path == "/files" and scope["method"] == "POST":
+    if path in ("/files", "/v1/files") and scope["method"] == "POST":
         return server.settings.max_upload_bytes + MULTIPART_BYTES
+    if path.startswith("/v1/uploads/") and path.endswith("/parts"):
+        return MAX_PART_BYTES + MULTIPART_BYTES
     if path.startswith("/worker/"):
         return server.settings.max_worker_body_bytes
     return server.settings.max_body_bytes

@@ -17,7 +17,7 @@ from sftd.schemas import StorageItem
 from sftd_server import garbage, retention, sweep
 from sftd_server.audit import queries as audit
 from sftd_server.db import DatabaseClosed
-from sftd_server.files import store
+from sftd_server.files import parts, store
 from sftd_server.retention import Doomed
 from sftd_server.server import Server
 from sftd_server.workers.reports import CHECKPOINTS
@@ -68,6 +68,8 @@ class Janitor:
             removed += await self._leftovers(dry_run=dry_run)
             removed += await self._spools(dry_run=dry_run)
             removed += await self._files(dry_run=dry_run)
+            removed += await self._expired_files(dry_run=dry_run)
+            removed += await self._parts(dry_run=dry_run)
             removed += await self._blobs(dry_run=dry_run)
             removed += await self._cache(dry_run=dry_run)
             if not dry_run:
@@ -132,6 +134,17 @@ class Janitor:
         if dry_run:
             return items
         return _removed([item for item in items if await store.remove_unused(self._server, item.name)])
+
+    async def _expired_files(self, *, dry_run: bool) -> list[StorageItem]:
+        now = self._server.clock.now()
+        items = await self._server.db.read(functools.partial(garbage.find_expired_files, now=now))
+        if dry_run:
+            return items
+        return _removed([item for item in items if await store.remove_expired(self._server, item.name)])
+
+    async def _parts(self, *, dry_run: bool) -> list[StorageItem]:
+        items = await parts.sweep(self._server, dry_run=dry_run)
+        return items if dry_run else _removed(items)
 
     async def _blobs(self, *, dry_run: bool) -> list[StorageItem]:
         server, now = self._server, self._server.clock.now()

@@ -22,6 +22,7 @@ from sftd_server.ballast import DiskRoom
 from sftd_server.clock import Clock, ClockWatch, DatabaseClock
 from sftd_server.datafolder import DataFolder, FolderLock
 from sftd_server.db import Database
+from sftd_server.files.checks import Checks
 from sftd_server.hosts import Hosts
 from sftd_server.settings import Settings
 from sftd_server.throttle import Throttle
@@ -52,6 +53,7 @@ class Server:
         self.installation_id = ""
         # Held while a blob and its row appear or go together.
         self.file_changes = FolderLock(self.folder.path / "locks" / "files.lock", shared=self.db.shared)
+        self.checks = Checks(self.folder.path / "cache")
         self.store = open_store(settings)  # a copy of all files, such as in S3; None: there is none
         self.shelf = Shelf(settings.data, self.store)
         self.uploads = Uploads(self.folder, settings)

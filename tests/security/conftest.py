@@ -20,7 +20,14 @@ from tests.server.conftest import (  # noqa: F401  # fixtures
     stopping,
 )
 
-FILLED = {"job_id": "job_nope", "file_id": "file_nope", "key_id": "key_nope", "step": "1", "name": "x"}
+FILLED = {
+    "job_id": "job_nope",
+    "file_id": "file_nope",
+    "upload_id": "upload_nope",
+    "key_id": "key_nope",
+    "step": "1",
+    "name": "x",
+}
 
 
 def flat_routes(routes: Any, prefix: str = "") -> Iterator[tuple[str, frozenset[str]]]:

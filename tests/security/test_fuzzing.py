@@ -49,6 +49,8 @@ def test_f23_no_request_breaks_the_server_or_gets_an_undocumented_answer(
     user = box.key("fuzz")
     key_id = box.admin.post("/keys", json={"name": "spare"}).json()["id"]
     known = {"job_id": job_id, "file_id": box.upload(), "worker_id": "w1", "key_id": key_id}
+    announced = {"filename": "f", "purpose": "fine-tune", "bytes": 3, "mime_type": "text/jsonl"}
+    known["upload_id"] = box.admin.post("/v1/uploads", json=announced).json()["id"]
     lines = ["[parameters]", *(f'"path.{name}" = "{value}"' for name, value in known.items())]
     config = tmp_path / "schemathesis.toml"
     config.write_text("" if who == "user" else "\n".join(lines) + "\n")

@@ -233,6 +233,28 @@ def test_an_upload_that_does_not_fit_is_refused_before_and_while_it_comes(
     until(lambda: box.admin.post("/files", files={"file": ("rows", row)}).status_code == 200, 10)
 
 
+def test_parts_that_do_not_fit_are_refused_and_the_upload_goes_on_when_there_is_room(
+    disk: Path, make_box_at, assert_error
+) -> None:
+    box = make_box_at(disk / "data", ballast_bytes=0, disk_reserve_bytes=0)
+    row = b'{"text": "' + b"x" * 1000 + b'"}\n'
+    part = row * (12 * MIB // len(row))
+    body = {"filename": "f", "purpose": "fine-tune", "bytes": 2 * len(part), "mime_type": "text/jsonl"}
+    too_large = box.admin.post("/v1/uploads", json={**body, "bytes": 100 * MIB})
+    assert_error(too_large, 507, "disk_full")
+    upload = f"/v1/uploads/{box.admin.post('/v1/uploads', json=body).json()['id']}"
+    ids = [box.admin.post(f"{upload}/parts", files={"data": part}).json()["id"] for _ in range(2)]
+
+    assert_error(box.admin.post(f"{upload}/complete", json={"part_ids": ids}), 507, "disk_full")
+    assert_error(box.admin.post(f"{upload}/parts", files={"data": row * 20 * 1024}), 507, "disk_full")
+
+    assert list((disk / "data" / "tmp").iterdir()) == []
+    assert [found["id"] for found in box.admin.get(upload).json()["parts"]] == ids
+    assert box.admin.post(f"{upload}/cancel").json()["status"] == "cancelled"
+    until(lambda: not (disk / "data" / "uploads" / upload.rsplit("/")[-1]).exists(), 5)
+    assert box.admin.post("/v1/files", files={"file": part}, data={"purpose": "fine-tune"}).status_code == 200
+
+
 @pytest.fixture
 def make_box_at(stopping) -> Iterator[Callable[[Path], Any]]:
     from tests.server.conftest import start_box
@@ -333,6 +355,11 @@ def test_a_real_worker_trains_on_through_a_full_disk_of_the_database(disk: Path,
         ("POST", "/jobs/job_1/resume", True),
         ("DELETE", "/files/file_1", False),
         ("POST", "/files", True),
+        ("POST", "/v1/files", True),
+        ("POST", "/v1/uploads", True),
+        ("POST", "/v1/uploads/upload_1/parts", True),
+        ("POST", "/v1/uploads/upload_1/complete", True),
+        ("POST", "/v1/uploads/upload_1/cancel", False),
         ("POST", "/keys", True),
         ("POST", "/storage/collect", False),
         ("POST", "/worker/register", False),

@@ -13,6 +13,7 @@ from tests.postgres import Postgres
 
 from sftd_server.clock import Clock, DatabaseClock
 from sftd_server.db import Database, touch
+from sftd_server.files import checker
 from sftd_server.notices import MAX_BYTES, payloads
 from sftd_server.server import Server
 from sftd_server.settings import Settings
@@ -303,3 +304,38 @@ def test_nul_is_kept_out_of_the_database(make_box, assert_error) -> None:
     assert_error(box.admin.get("/jobs/a%00b"), 404, "unknown_route")
     assert_error(box.admin.get("/jobs?owner=a%00b"), 422, "invalid_request")
     assert_error(box.admin.get("/jobs?metadata%5Ba%5D=%00"), 422, "invalid_request")
+
+
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+def test_a_check_of_a_server_that_dies_is_taken_over_by_another(make_box, monkeypatch) -> None:
+    monkeypatch.setattr(checker, "LOOK_SECONDS", 0.05)
+    deadline = time.monotonic() + 20
+    boxes, at_it = [make_box(), make_box()], []
+
+    def hang(box) -> None:
+        async def never(path: Path, **of: object) -> None:
+            at_it.append(box)
+            await asyncio.Event().wait()
+
+        box.server.checks.verdict = never
+
+    for box in boxes:
+        hang(box)
+    form = {"files": {"file": b'{"text": "a"}'}, "data": {"purpose": "fine-tune"}}
+    file_id = boxes[0].admin.post("/v1/files", **form).json()["id"]
+    job_id = boxes[1].submit(training_file=file_id)
+    while not at_it:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)  # for what another thread does
+    (other,) = (box for box in boxes if box is not at_it[0])
+    for box in boxes:
+        del box.server.checks.verdict
+    assert other.admin.get(f"/v1/files/{file_id}").json()["status"] == "uploaded"
+
+    at_it[0].stop()
+
+    while other.admin.get(f"/v1/files/{file_id}").json()["status"] == "uploaded":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(at_it) == 1
+    assert other.claim().job_id == job_id

@@ -133,6 +133,12 @@ RULES = (
         "SELECT min(id), count(*) FROM job WHERE idempotency_key IS NOT NULL GROUP BY owner, idempotency_key"
         " HAVING count(*) > 1",
     ),
+    Rule(
+        "files",
+        "is queued and waits for the check of its files, which is over",
+        "SELECT id FROM job WHERE checking_files = true AND state = 'queued' AND NOT EXISTS (SELECT 1 FROM file"
+        " WHERE file.status = 'uploaded' AND CAST(job.inputs AS TEXT) LIKE '%' || file.id || '%')",
+    ),
 )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sftd_server.datafolder import DataFolder
+from sftd_server.datafolder import PARTS_PREFIX, DataFolder
 from sftd_server.disk import fsync, hash_of, try_lock
 from sftd_server.errors import DiskFull, Invalid, TooLarge, Unavailable
 from sftd_server.settings import Settings
@@ -154,6 +154,8 @@ class Uploads:
         before = (time.time() if now is None else now) - UNUSED_SECONDS
         num_removed = 0
         for folder in self.folder.uploads.iterdir():
+            if folder.name.startswith(PARTS_PREFIX):  # a user's, which files/parts.py looks after
+                continue
             with contextlib.suppress(Unavailable, NotADirectoryError), self.lock(folder.name):
                 for path in folder.iterdir():
                     if path.name != ".lock" and path.stat().st_mtime < before:

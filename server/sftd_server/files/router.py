@@ -5,13 +5,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from sftd.schemas import File, ManifestFile, Page
+from sftd.schemas import File, Page, RowPreview
 from sftd_server.auth import Caller, caller_of
 from sftd_server.errors import error_responses
-from sftd_server.files import store
+from sftd_server.files import preview, store
 from sftd_server.files.upload import receive
-from sftd_server.jobs.downloads import plain_file
 from sftd_server.server import Server, server_of
+from sftd_server.strict_json import MAX_INTEGER
 
 ServerDep = Annotated[Server, Depends(server_of)]
 CallerDep = Annotated[Caller, Depends(caller_of)]
@@ -32,6 +32,8 @@ _FORM: dict[str, Any] = {  # OpenAPI: open by nature
                             "description": "JSONL or a JSON array.",
                         },
                         "purpose": {"type": "string", "enum": list(store.PURPOSES), "default": "fine-tune"},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
                     },
                 }
             }
@@ -48,6 +50,8 @@ async def upload(request: Request, server: ServerDep, caller: CallerDep) -> File
 
     JSONL or a JSON array of rows: `messages`, `prompt` + `completion`, `instruction` (+ `input`) + `output`,
     ShareGPT `conversations`, or `text`. Every row is checked; a 422 names line, field and remedy of what is wrong.
+    Files of another `purpose` than `fine-tune` are kept as they are. With `expires_after[anchor]=created_at` and
+    `expires_after[seconds]` the file is deleted by itself.
     """
     received = await receive(request, server.folder.tmp, max_bytes=server.settings.max_upload_bytes)
     try:
@@ -81,10 +85,20 @@ async def retrieve(file_id: FileId, server: ServerDep) -> File:
 )
 async def content(file_id: FileId, server: ServerDep) -> Response:
     """The file as it was uploaded."""
-    found = await server.db.read(lambda session: store.file(session, file_id))
-    folder, _, name = server.folder.blob_name(found.sha256).rpartition("/")
-    file = ManifestFile(bytes=found.bytes, sha256=found.sha256)
-    return await server.uploads.in_thread(plain_file, server.shelf, folder, name, file, found.filename)
+    return await store.content(server, file_id)
+
+
+@router.get("/{file_id}/rows", response_model=Page[RowPreview], responses=error_responses(404, 409))
+async def rows(
+    file_id: FileId,
+    server: ServerDep,
+    after: Annotated[int, Query(ge=0, le=MAX_INTEGER, description="Go on after this line.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> Response:
+    """Rows of a data file as they were understood, by line (by item where the file is a JSON array): messages with their
+    weights, tools, or text; and what is wrong with a row. A page of long rows may hold fewer than `limit`."""
+    page = await preview.rows(server, file_id, after=after, limit=limit)
+    return Response(page.model_dump_json(), media_type="application/json")
 
 
 @router.delete("/{file_id}", status_code=204, responses=error_responses(404, 409))

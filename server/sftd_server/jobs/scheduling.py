@@ -157,6 +157,7 @@ def is_ready(now: datetime, held: Collection[str] = ()) -> ColumnElement[bool]:
         col(JobRow.state) == JobState.QUEUED,
         col(JobRow.want) == Want.RUN,
         col(JobRow.not_before) <= now,
+        col(JobRow.checking_files).is_(False),
         dependencies.are_met(),
     )
 

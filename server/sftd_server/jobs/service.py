@@ -45,6 +45,12 @@ class JobInputs(BaseModel):
     base: BaseRef | None
     base_sha256: str | None = None  # of a base model in a folder, as the first attempt found it
 
+    @property
+    def files(self) -> dict[str, InputFile]:
+        """The uploaded files, by the spec's field."""
+        named = {"training_file": self.training_file, "validation_file": self.validation_file}
+        return {field: file for field, file in named.items() if file is not None}
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -160,7 +166,7 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
     if key is None and submission.one_of_tries is not None and submission.one_of_tries.is_retry:
         key = new_id(_OF_RETRY)
     limits.require_place(session, submission.owner, now)
-    _require_files(session, submission.inputs)
+    checking_files = _require_files(session, submission.inputs)
     spec, origin = submission.spec, submission.origin or Origin("Waiting for a worker.")
     _require_base(session, spec.base_model, submission.inputs)
     _require_seed(session, origin)
@@ -183,6 +189,7 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
         seed_job=origin.seed_job,
         seed_checkpoint=origin.seed_checkpoint,
         suffix=submission.suffix,
+        checking_files=checking_files,
     )
     row.expected_gpu_seconds = accounts.expected_gpu_seconds(session, spec, submission.inputs.training_file)
     session.add(row)
@@ -208,14 +215,26 @@ def changeable_columns(spec: JobSpec) -> dict[str, Any]:  # columns of several t
     }
 
 
-def _require_files(session: Session, inputs: JobInputs) -> None:
-    """The files are still there: they may have been deleted since they were looked up."""
-    for field, file in (("training_file", inputs.training_file), ("validation_file", inputs.validation_file)):
-        if file is None:
-            continue
-        here = select(FileRow.id).where(FileRow.id == file.file_id)
-        if not session.exec(here.with_for_update(read=True)).first():  # none goes before the job is there
+def invalid_file(file_id: str, details: str | None) -> str:
+    """What to say of a file whose check has found mistakes."""
+    return f"{file_id} can not be trained on; mend it and upload it again:\n{details}"
+
+
+def _require_files(session: Session, inputs: JobInputs) -> bool:
+    """The files are still there: they may have been deleted, or found wrong, since they were looked up. Whether one is
+    still being checked: whoever writes down what the check found sees this job then."""
+    statuses = set()
+    for field, file in inputs.files.items():
+        here = select(FileRow.status, FileRow.status_details).where(FileRow.id == file.file_id)
+        found = session.exec(here.with_for_update(read=True)).first()  # none goes before the job is there
+        if found is None:
             raise Invalid(f"{field}: there is no file {file.file_id!r}.", code="invalid_spec", param=field)
+        status, details = found
+        if status == "error":
+            message = f"{field}: {invalid_file(file.file_id, details)}"
+            raise Invalid(message, code="invalid_spec", param=field)
+        statuses.add(status)
+    return "uploaded" in statuses
 
 
 def makers(session: Session, base_model: str, inputs: JobInputs) -> set[str]:
@@ -377,6 +396,8 @@ def resume(session: Session, job_id: str, caller: Caller, now: datetime) -> None
     # Its user knows better than the disk, which does not tell of quotas.
     values = {"want": Want.RUN, "not_before": now, "queued_at": now, "needs_disk_bytes": None}
     _require(move(session, row, Trigger.RESUME, now=now, notes=[note], values=values), row, "resume")
+    if row.checking_files:
+        settle_files(session, find_job(session, row.id, lock=True), now)
     lost = dependencies.failed_need(session, row)
     if lost is not None:  # it ended while this one was put aside
         fail_waiting(session, find_job(session, row.id, lock=True), lost, now)
@@ -472,6 +493,38 @@ def move(
     if to in (JobState.FAILED, JobState.CANCELLED):
         _fail_those_waiting_for(session, row, now)
     return to
+
+
+def settle_files(session: Session, row: JobRow, now: datetime) -> None:
+    """Let a locked job go on, or fail, whose files were being checked. Nothing happens while one still is; a paused job
+    does not fail before it is resumed."""
+    inputs = JobInputs.model_validate(row.inputs)
+    statuses = set()
+    for field, file in inputs.files.items():
+        here = select(FileRow.status, FileRow.status_details).where(FileRow.id == file.file_id)
+        status, details = session.exec(here).first() or ("processed", None)
+        if status == "error":
+            _fail_for_data(session, row, f"The {field} {invalid_file(file.file_id, details)}", now)
+            return
+        statuses.add(status)
+    if "uploaded" in statuses:
+        return
+    expected = accounts.expected_gpu_seconds(
+        session, JobSpec.model_validate_json(row.spec), inputs.training_file
+    )
+    session.exec(
+        update(JobRow)
+        .where(col(JobRow.number) == row.number, col(JobRow.checking_files).is_(True))
+        .values(checking_files=False, expected_gpu_seconds=expected)
+    )
+    touch(session, "queue", f"job:{row.id}")
+
+
+def _fail_for_data(session: Session, row: JobRow, message: str, now: datetime) -> None:
+    reason = FailureReason.BAD_DATA
+    values = {"failure_reason": reason, "failure_message": message, "log_tail": [], "checking_files": False}
+    note = Note("failed", f"Failed ({reason}): {message}", {"reason": reason})
+    move(session, row, Trigger.FILE_INVALID, now=now, notes=[note], values=values)
 
 
 def fail_waiting(session: Session, row: JobRow, needed: str, now: datetime) -> None:

@@ -29,6 +29,7 @@ class Trigger(StrEnum):
     FINISH_PAUSED = "finish_paused"
     HOLD = "hold"  # its worker puts it aside for a reason of its own: the disk is nearly full
     DEPENDENCY_FAILED = "dependency_failed"  # a job that it waits for has ended without success
+    FILE_INVALID = "file_invalid"  # the check of a file that it reads has found mistakes
     CANCEL = "cancel"  # the user's wishes; while a worker holds the job they only set `want`
     PAUSE = "pause"
     RESUME = "resume"
@@ -80,6 +81,7 @@ TABLE: dict[tuple[JobState, Trigger], tuple[Move, ...]] = {
     (QUEUED, Trigger.CANCEL): (Move(CANCELLED),),
     (QUEUED, Trigger.PAUSE): (Move(PAUSED),),
     (QUEUED, Trigger.DEPENDENCY_FAILED): (Move(FAILED),),
+    (QUEUED, Trigger.FILE_INVALID): (Move(FAILED),),
     (PAUSED, Trigger.CANCEL): (Move(CANCELLED),),
     (PAUSED, Trigger.RESUME): (Move(QUEUED),),
     (CLAIMED, Trigger.START): (Move(RUNNING, "want=run"), Move(STOPPING, "want≠run")),

@@ -17,7 +17,7 @@ from sftd_server.artifacts.mirror import stored_of
 from sftd_server.datafolder import DataFolder
 from sftd_server.errors import Invalid
 from sftd_server.jobs import dependencies
-from sftd_server.jobs.service import ADAPTERS, JobInputs
+from sftd_server.jobs.service import ADAPTERS, JobInputs, invalid_file
 from sftd_server.jobs.states import TERMINAL
 from sftd_server.mistakes import Mistake, mistakes_of
 from sftd_server.tables import CheckpointRow, FileRow, JobRow
@@ -99,6 +99,8 @@ def _find_file(session: Session, found: _Found, name: str, file_id: str, folder:
         found.note(name, f"there is no file {file_id[:80]!r}; upload it with POST /files and give its id")
     elif row.purpose != "fine-tune":
         found.note(name, f"{file_id} was uploaded for {row.purpose!r}; upload it with purpose fine-tune")
+    elif row.status == "error":
+        found.note(name, invalid_file(row.id, row.status_details))
     else:
         found.files[name] = InputFile(
             file_id=row.id,

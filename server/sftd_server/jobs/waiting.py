@@ -10,9 +10,10 @@ from sqlmodel import Session, col, func, select
 from sftd.schemas import JobState
 from sftd_server.jobs import dependencies, limits, scheduling
 from sftd_server.jobs.scheduling import Place, Waiting
+from sftd_server.jobs.service import JobInputs
 from sftd_server.jobs.states import LEASED
 from sftd_server.settings import Settings
-from sftd_server.tables import JobRow
+from sftd_server.tables import FileRow, JobRow
 
 MAX_NAMED = 3  # jobs or workers named in one sentence
 
@@ -88,6 +89,8 @@ class Queue:
     # ------------------------------------------------------------ the job's own
 
     def _own_reason(self, row: JobRow, job: Waiting) -> str | None:
+        if row.checking_files:
+            return f"It waits: its {self._unchecked(row)} is still being checked."
         unmet = self._unmet.get(job.number)
         if unmet:
             more = f" and {len(unmet) - MAX_NAMED} more" if len(unmet) > MAX_NAMED else ""
@@ -97,6 +100,14 @@ class Queue:
             at = row.not_before.strftime("%H:%M:%S")
             return f"Is tried again in {seconds:.0f} s, at {at} UTC: its last attempt did not go well."
         return self._held.get(row.owner)
+
+    def _unchecked(self, row: JobRow) -> str:
+        """Which of its files it waits for."""
+        for field, file in JobInputs.model_validate(row.inputs).files.items():
+            status = self._session.exec(select(FileRow.status).where(FileRow.id == file.file_id)).first()
+            if status == "uploaded":
+                return field.replace("_", " ")
+        return "training file"
 
     # ------------------------------------------------------------ workers
 

@@ -30,6 +30,7 @@ EXPECTED: dict[tuple[str, str, str], str] = {
     **{(s, "finish_failed", want): "failed" for s in LEASED for want in BACK},
     **{(s, "finish_cancelled", "cancel"): "cancelled" for s in LEASED},
     **{("queued", "dependency_failed", want): "failed" for want in BACK},
+    **{("queued", "file_invalid", want): "failed" for want in BACK},
     **{(s, "finish_paused", "pause"): "paused" for s in LEASED},
     **{(s, "hold", want): to for s in LEASED for want, to in {**BACK, "run": "paused"}.items()},
     **{(s, "finish_paused", "cancel"): "cancelled" for s in LEASED},

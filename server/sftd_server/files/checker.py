@@ -1,0 +1,146 @@
+"""The loop that has the rows of uploaded files checked, and writes down what was found, with what it means for jobs.
+
+What is to be checked stands in the database, so that a check goes on after a restart. Of several servers one checks a
+content: the one that holds a lock on its blob, which ends with the process. What it found is written once, to the
+files that are still unchecked.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+
+from sqlmodel import Session, and_, col, func, select, update
+from sqlmodel.sql.expression import SelectOfScalar
+
+from sftd.schemas import JobState
+from sftd_server.db import DatabaseClosed
+from sftd_server.disk import try_lock
+from sftd_server.files import store
+from sftd_server.files.checks import CheckFailed
+from sftd_server.files.rowcheck import Verdict
+from sftd_server.files.store import CHECKED, NOT_CHECKED, UNCHECKED
+from sftd_server.jobs import service
+from sftd_server.jobs.service import JobInputs
+from sftd_server.server import Server
+from sftd_server.tables import FileRow, JobRow
+
+LOOK_SECONDS = 5.0  # another server's check may have ended with it
+MAX_STARTED = 1000  # checks that are begun or wait for their turn
+MAX_TRIES = 3
+
+log = logging.getLogger("sftd.server")
+
+
+class Checker:
+    """One a server. `look` begins what is to be done; `run` looks for ever."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._started: dict[str, asyncio.Task[None]] = {}  # by hash
+        self._tries: Counter[str] = Counter()
+
+    async def run(self) -> None:
+        """Look whenever a file has come, and now and then. An error is logged and it goes on."""
+        try:
+            while not self._server.stopping:
+                signal = self._server.db.signal(UNCHECKED)
+                try:
+                    await self.look()
+                except DatabaseClosed:
+                    return
+                except Exception as error:  # no database just now, perhaps
+                    log.warning("files to check could not be looked for: %s", error)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await signal.wait()
+        finally:
+            for task in self._started.values():
+                task.cancel()
+            await asyncio.gather(*self._started.values(), return_exceptions=True)
+
+    async def look(self) -> None:
+        """Begin the checks that nobody is at, as far as is known here."""
+        for sha256, num_bytes in await self._server.db.read(unchecked):
+            if sha256 not in self._started and len(self._started) < MAX_STARTED:
+                task = asyncio.create_task(self._check(sha256, num_bytes))
+                self._started[sha256] = task
+                task.add_done_callback(functools.partial(self._ended, sha256))
+
+    def _ended(self, sha256: str, task: asyncio.Task[None]) -> None:
+        self._started.pop(sha256, None)
+
+    async def _check(self, sha256: str, num_bytes: int) -> None:
+        """Check one content, unless another server is at it. Never raises: what fails is tried again at a later look."""
+        try:
+            verdict = await self._found(sha256, num_bytes)
+            if verdict is not None:
+                work = functools.partial(settle, sha256=sha256, verdict=verdict, now=self._server.clock.now())
+                await self._server.db.write(work)
+                self._tries.pop(sha256, None)
+        except DatabaseClosed:
+            return
+        except Exception as error:
+            log.warning("the rows of %s could not be checked: %s", sha256, error)
+
+    async def _found(self, sha256: str, num_bytes: int) -> Verdict | None:
+        """What is to be said of a content; None where another server is about to say it."""
+        blob = self._server.folder.path / self._server.folder.blob_name(sha256)
+        if not blob.exists():
+            return Verdict(None, None, f"{NOT_CHECKED}: its content is no longer on disk; upload it again")
+        handle = await asyncio.to_thread(try_lock, blob)
+        if handle is None:
+            return None
+        try:
+            known = await self._server.db.read(functools.partial(store.known_verdict, sha256=sha256))
+            return known or await self._checked(blob, sha256, num_bytes)
+        finally:
+            os.close(handle)
+
+    async def _checked(self, blob: Path, sha256: str, num_bytes: int) -> Verdict | None:
+        self._tries[sha256] += 1
+        try:
+            return await self._server.checks.verdict(blob, num_bytes=num_bytes, sha256=sha256)
+        except CheckFailed as error:
+            if self._tries[sha256] < MAX_TRIES:
+                raise
+            return Verdict(None, None, f"{NOT_CHECKED}: {error}; upload it again, or in smaller files")
+
+
+def unchecked(session: Session) -> list[tuple[str, int]]:
+    """(hash, bytes) of what is to be checked, the oldest first."""
+    query = (
+        select(FileRow.sha256, func.max(FileRow.bytes))
+        .where(FileRow.status == "uploaded", col(FileRow.purpose).in_(CHECKED))
+        .group_by(col(FileRow.sha256))
+        .order_by(func.min(FileRow.number))
+    )
+    return [(sha256, num_bytes) for sha256, num_bytes in session.exec(query)]
+
+
+def settle(session: Session, sha256: str, verdict: Verdict, now: datetime) -> None:
+    """Write down what a check found, where nobody has yet; the jobs that waited for it go on, or fail.
+
+    The files' rows are locked before jobs are looked at: a job that is being posted meanwhile waits for that lock, or
+    holds it and is seen here.
+    """
+    here = and_(
+        col(FileRow.sha256) == sha256, col(FileRow.status) == "uploaded", col(FileRow.purpose).in_(CHECKED)
+    )
+    query = select(FileRow.id).where(here).order_by(col(FileRow.number))
+    ids = set(session.exec(query.with_for_update()))
+    session.exec(update(FileRow).where(here).values(**store.columns_of(verdict)))
+    for job in session.exec(_waiting_jobs().with_for_update()):
+        files = JobInputs.model_validate(job.inputs).files.values()
+        if ids & {file.file_id for file in files}:
+            service.settle_files(session, job, now)
+
+
+def _waiting_jobs() -> SelectOfScalar[JobRow]:
+    states = [JobState.QUEUED, JobState.PAUSED]
+    query = select(JobRow).where(col(JobRow.checking_files).is_(True), col(JobRow.state).in_(states))
+    return query.order_by(col(JobRow.number))

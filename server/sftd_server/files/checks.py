@@ -1,0 +1,69 @@
+"""Checking the rows of uploaded files: where it is done, and how many at once.
+
+A small file is checked in a thread; a process takes longer to start. A larger one has a process of its own, so that
+neither the event loop nor the interpreter's lock is held for minutes, and what a hostile file costs in memory is not
+the server's. `checker` decides which files are checked when.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+from pathlib import Path
+
+from sftd.tether import tethered
+from sftd_server.files.rowcheck import Verdict, verdict_on
+
+SMALL_BYTES = 256 * 1024
+NUM_THREADS, NUM_PROCESSES = 4, 4
+NUM_PREVIEWS = 2  # a page may hold a row of many megabytes
+
+log = logging.getLogger("sftd.server")
+
+
+class CheckFailed(Exception):
+    """A check came to no end; the file is not to blame, as far as is known."""
+
+
+class Checks:
+    """The checks of one server."""
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+        self._threads = asyncio.Semaphore(NUM_THREADS)
+        self._processes = asyncio.Semaphore(NUM_PROCESSES)
+        self.previews = asyncio.Semaphore(NUM_PREVIEWS)
+
+    def marks(self, sha256: str) -> Path:
+        """Where the marks of a file's rows lie. What is in the cache may be deleted at any time."""
+        return self._cache / f"rows-{sha256}"
+
+    async def verdict(self, path: Path, *, num_bytes: int, sha256: str) -> Verdict:
+        """What is to be said of a file's rows. Raises CheckFailed, OSError."""
+        if num_bytes <= SMALL_BYTES:
+            async with self._threads:
+                return await asyncio.to_thread(verdict_on, path)
+        async with self._processes:
+            return await self._in_process(path, self.marks(sha256))
+
+    async def _in_process(self, path: Path, marks: Path) -> Verdict:
+        command = [sys.executable, "-m", "sftd_server.files.rowcheck", str(path), str(marks)]
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            *tethered(command), stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe
+        )
+        try:
+            told, complaint = await process.communicate()
+        finally:
+            if process.returncode is None:  # nobody waits for it any more
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            said = complaint.decode("utf-8", "replace").strip().splitlines()[-1:]
+            raise CheckFailed(f"its process ended with {process.returncode} {' '.join(said)[:500]}")
+        try:
+            return Verdict(**json.loads(told))
+        except (ValueError, TypeError) as error:
+            raise CheckFailed(f"its process told nothing that can be understood: {error}") from None
