@@ -112,8 +112,9 @@ async def take_in(
 
     def work(session: Session) -> File:
         row = _recorded(session, values, verdict)
-        told = {"filename": row.filename, "bytes": row.bytes, "sha256": row.sha256, "purpose": row.purpose}
-        audit.describe(session, **told)
+        audit.describe(
+            session, filename=row.filename, bytes=row.bytes, sha256=row.sha256, purpose=row.purpose
+        )
         then(session, row.id)
         return file_of(row)
 
