@@ -24,6 +24,7 @@ from sftd_server.jobs.states import LEASED, TERMINAL
 from sftd_server.sweep import ORPHAN_AGE, tree_bytes
 from sftd_server.tables import AttemptRow, CheckpointRow, FileRow, JobRow, StoredRow, StreamRow
 
+RESULTS_PURPOSE = "fine-tune-results"  # of files that jobs made; they go with their jobs
 REJECTED_FILE = "logs/rejected.jsonl"
 # How far behind a file's time of last use may lag: file systems note reads once a day, if at all. Trainers set the time of
 # change of an entry when they begin to use it, so one in use is younger than its job's claim wherever the clocks agree.
@@ -142,12 +143,12 @@ def _refused(rejected: Path) -> Iterator[str]:
 
 
 def find_unused_files(session: Session, *, before: datetime) -> list[StorageItem]:
-    """Uploads from before a moment that no job names."""
+    """Uploads from before a moment that no job names, nor has made."""
     named = set()
     for inputs in session.exec(select(JobRow.inputs)):
         found = JobInputs.model_validate(inputs)
         named |= {file.file_id for file in (found.training_file, found.validation_file) if file}
-    query = select(FileRow).where(col(FileRow.created_at) < before, FileRow.purpose == "fine-tune")
+    query = select(FileRow).where(col(FileRow.created_at) < before, FileRow.purpose != RESULTS_PURPOSE)
     rows = session.exec(query.order_by(col(FileRow.number)))
     return [
         StorageItem(

@@ -157,9 +157,12 @@ async def create(
     call = posting.Post(
         body, idempotency_key, one_of_tries=one, suffix=suffix if isinstance(suffix, str) else None
     )
-    job_id = await posting.post(
-        server, caller, call, lambda session: _check(session, body, num_rows, sources)
-    )
+    try:
+        job_id = await posting.post(
+            server, caller, call, lambda session: _check(session, body, num_rows, sources)
+        )
+    except Invalid as error:
+        raise _in_their_names(error) from None
     return await _job(server, job_id)
 
 
@@ -243,6 +246,14 @@ def _check(
     if to.mistakes:
         raise Invalid.of(to.mistakes, code="invalid_spec")
     return spec, inputs, None
+
+
+def _in_their_names(error: Invalid) -> Invalid:
+    """A base that has gone while the job was written is told as the model that it is called here."""
+    if error.param != "base_model" or error.mistakes:
+        return error
+    message = error.message.replace("base_model", "model")
+    return Invalid(message, code=error.code, param="model")
 
 
 def _is_retry(retry_count: str | None) -> bool:

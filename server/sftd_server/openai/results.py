@@ -23,6 +23,7 @@ from sqlmodel import Session, col, select
 from sftd.schemas import Evaluation
 from sftd_server.db import DatabaseClosed
 from sftd_server.files import store
+from sftd_server.garbage import RESULTS_PURPOSE
 from sftd_server.ids import result_file_id
 from sftd_server.jobs import metrics, queries, removal
 from sftd_server.jobs.service import ENDED
@@ -30,7 +31,6 @@ from sftd_server.jobs.states import TERMINAL
 from sftd_server.server import Server
 from sftd_server.tables import EventRow, FileRow, GoneRow, JobRow
 
-PURPOSE = "fine-tune-results"
 FILENAME = "step_metrics.csv"
 AGAIN_SECONDS = 30.0  # after something went wrong, such as a full disk
 # OpenAI's columns. Training does not measure the second one.
@@ -140,7 +140,7 @@ class ResultFiles:
                     id=file_id,
                     owner=job.owner,
                     filename=FILENAME,
-                    purpose=PURPOSE,
+                    purpose=RESULTS_PURPOSE,
                     bytes=size,
                     sha256=sha256,
                     status="processed",

@@ -93,7 +93,7 @@ def shown(box, job_ids: list[str]) -> dict[str, Any]:
     archive = box.admin.get(f"/jobs/{job_ids[0]}/archive")
     assert archive.status_code == 200
     found["archive"] = archive.content
-    file_id = found["/files"]["data"][0]["id"]
+    file_id = found["/files"]["data"][-1]["id"]
     found["content"] = box.admin.get(f"/files/{file_id}/content").content
     return found
 

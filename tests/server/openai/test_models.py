@@ -1,10 +1,15 @@
 """Models: what there is, what may be deleted, and what that means for jobs and downloads."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sftd_server.auth import Caller
+from sftd_server.jobs import removal
+
+ADMIN = Caller("key_admin", "admin", "admin")
 JOBS, MODELS = "/v1/fine_tuning/jobs", "/v1/models"
 SHA = "ab" * 32
 
@@ -82,6 +87,26 @@ def test_a_model_is_kept_while_a_job_that_is_not_over_needs_it(box, assert_error
     assert results_of(box, job_id).exists()
     box.admin.post(f"{JOBS}/{other}/cancel")
     assert box.admin.delete(f"{MODELS}/{name}").status_code == 200
+
+
+@pytest.mark.sqlite  # one writer: what is posted waits behind the deletion
+def test_a_model_that_is_deleted_while_a_job_is_posted_on_it_is_missed(box, assert_error) -> None:
+    job_id, name = made(box)
+    body = {"model": name, "training_file": box.spec()["training_file"]}
+
+    def delete(session) -> None:
+        removal.remove_result(session, job_id, ADMIN, box.clock.now())
+
+    with ThreadPoolExecutor(1) as pool:
+        with box.in_open_write(delete):
+            posting = pool.submit(box.admin.post, JOBS, json=body)
+            while not box.server.db.num_waiting and not posting.done():
+                pass
+        answer = posting.result()
+
+    error = assert_error(answer, 400, "invalid_spec")
+    assert error["param"] == "model"
+    assert error["message"].startswith("model: the model that")
 
 
 @pytest.mark.parametrize("name", ["org/model", "ft:org/model:admin::{job_id}:ckpt-step-3"])
