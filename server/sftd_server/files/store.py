@@ -61,7 +61,7 @@ async def keep(server: Server, upload: Upload, caller: Caller) -> File:
     if upload.purpose in CHECKED:
         verdict = await _verdict(server, upload)
         if verdict.problems:
-            await asyncio.to_thread(server.checks.marks(upload.sha256).unlink, missing_ok=True)
+            await _drop_marks(server, upload.sha256)
             raise Invalid(verdict.problems_of(upload.filename), code="invalid_file", param="file")
     return await take_in(server, upload, caller.name, verdict)
 
@@ -285,8 +285,14 @@ async def _remove(server: Server, work: Callable[[Session], str | None]) -> bool
         if gone and not await server.db.read(lambda session: _num_files_of(session, gone)):
             path = server.folder.path / server.folder.blob_name(gone)
             await asyncio.to_thread(path.unlink, missing_ok=True)
-            await asyncio.to_thread(server.checks.marks(gone).unlink, missing_ok=True)
+            await _drop_marks(server, gone)
     return gone is not None
+
+
+async def _drop_marks(server: Server, sha256: str) -> None:
+    """Of content that no file has: where one comes just now, they are made anew when they are needed."""
+    if not await server.db.read(lambda session: _num_files_of(session, sha256)):
+        await asyncio.to_thread(server.checks.marks(sha256).unlink, missing_ok=True)
 
 
 def _delete(session: Session, row: FileRow, now: datetime) -> str:
