@@ -210,9 +210,9 @@ class Plan(Answer):
     time: TimePlan | None
 
 
-class RowPreview(Answer):
+class RenderedRows(Answer):
     """Rows of a file as a model would see them."""
 
-    object: Literal["row_preview"] = "row_preview"
+    object: Literal["rendered_rows"] = "rendered_rows"
     data: list[RenderedRow]
     problems: list[PlanProblem] = Field(description="Why a row that was asked for cannot be shown.")

@@ -18,6 +18,7 @@ from sftd_server import garbage, retention, sweep
 from sftd_server.audit import queries as audit
 from sftd_server.db import DatabaseClosed
 from sftd_server.files import parts, store
+from sftd_server.plans import service as plans
 from sftd_server.retention import Doomed
 from sftd_server.server import Server
 from sftd_server.workers.reports import CHECKPOINTS
@@ -74,6 +75,7 @@ class Janitor:
             removed += await self._cache(dry_run=dry_run)
             if not dry_run:
                 await self._audit()
+                await self._analyses()
         return removed
 
     # ------------------------------------------------------------ checkpoints
@@ -187,6 +189,12 @@ class Janitor:
         while await db.read(functools.partial(audit.any_before, moment=before)):
             if not await db.write(functools.partial(audit.forget, moment=before)):
                 return
+
+    async def _analyses(self) -> None:
+        """What was counted for plans that nobody has asked for in a while."""
+        db, now = self._server.db, self._server.clock.now()
+        if await db.read(functools.partial(plans.any_unused, now=now)):
+            await db.write(functools.partial(plans.sweep, now=now))
 
     # ------------------------------------------------------------ small things
 

@@ -83,13 +83,13 @@ class SqliteTables:
 
     def install(self) -> None:
         self.execute(
-            "CREATE TABLE audit (n INTEGER PRIMARY KEY AUTOINCREMENT, what TEXT, job INTEGER,"
+            "CREATE TABLE witnessed (n INTEGER PRIMARY KEY AUTOINCREMENT, what TEXT, job INTEGER,"
             " attempt INTEGER, detail TEXT, before TEXT DEFAULT '', after TEXT DEFAULT '', old_attempt INTEGER DEFAULT 0,"
             " old_token TEXT DEFAULT '', new_token TEXT DEFAULT '')",
             *(_on_write(name, *columns, verb="INSERT") for name, columns in _INSERTS.items()),
             *(_on_write(name, *_INSERTS[name], verb="UPDATE") for name in _VERBS),
             f"CREATE TRIGGER audit_job AFTER UPDATE ON job WHEN {' OR '.join(f'OLD.{name} IS NOT NEW.{name}' for name in _WATCHED)}"
-            f" BEGIN INSERT INTO audit ({_JOB_COLUMNS}) VALUES ({_JOB_VALUES}); END",
+            f" BEGIN INSERT INTO witnessed ({_JOB_COLUMNS}) VALUES ({_JOB_VALUES}); END",
         )
 
     @contextlib.contextmanager
@@ -123,16 +123,16 @@ class PostgresTables:
 
         changed = " OR ".join(f"OLD.{name} IS DISTINCT FROM NEW.{name}" for name in _WATCHED)
         statements = [
-            "CREATE TABLE audit (n BIGSERIAL PRIMARY KEY, what TEXT, job BIGINT, attempt BIGINT, detail TEXT,"
+            "CREATE TABLE witnessed (n BIGSERIAL PRIMARY KEY, what TEXT, job BIGINT, attempt BIGINT, detail TEXT,"
             " before TEXT DEFAULT '', after TEXT DEFAULT '', old_attempt BIGINT DEFAULT 0, old_token TEXT DEFAULT '',"
             " new_token TEXT DEFAULT '')",
-            f"CREATE FUNCTION audit_job() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO audit ({_JOB_COLUMNS})"
+            f"CREATE FUNCTION audit_job() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO witnessed ({_JOB_COLUMNS})"
             f" VALUES ({_JOB_VALUES}); RETURN NULL; END $$",
             f"CREATE TRIGGER audit_job AFTER UPDATE ON job FOR EACH ROW WHEN ({changed}) EXECUTE FUNCTION audit_job()",
         ]
         for table, (attempt, detail) in _INSERTS.items():
             statements += [
-                f"CREATE FUNCTION audit_{table}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO audit"
+                f"CREATE FUNCTION audit_{table}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO witnessed"
                 f" (what, job, attempt, detail) VALUES (CASE WHEN TG_OP = 'INSERT' THEN '{table}' ELSE 'update {table}'"
                 f" END, NEW.job, NEW.{attempt}, NEW.{detail}); RETURN NULL; END $$",
                 f"CREATE TRIGGER audit_{table} AFTER {_VERBS.get(table, 'INSERT')} ON {table} FOR EACH ROW"
@@ -145,7 +145,7 @@ class PostgresTables:
 
 def entries(tables: Tables) -> list[Entry]:
     """All that was written down, in the order of commits."""
-    return [Entry(**row) for row in tables.rows("SELECT * FROM audit ORDER BY n")]
+    return [Entry(**row) for row in tables.rows("SELECT * FROM witnessed ORDER BY n")]
 
 
 def _plain(value: object) -> Any:  # a column's value, as SQLite gives it
@@ -157,6 +157,6 @@ def _plain(value: object) -> Any:  # a column's value, as SQLite gives it
 def _on_write(table: str, attempt: str, detail: str, *, verb: str) -> str:
     what = table if verb == "INSERT" else f"update {table}"
     return (
-        f"CREATE TRIGGER audit_{verb.lower()}_{table} AFTER {verb} ON {table} BEGIN INSERT INTO audit"
+        f"CREATE TRIGGER audit_{verb.lower()}_{table} AFTER {verb} ON {table} BEGIN INSERT INTO witnessed"
         f" (what, job, attempt, detail) VALUES ('{what}', NEW.job, NEW.{attempt}, NEW.{detail}); END"
     )

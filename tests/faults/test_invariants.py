@@ -50,21 +50,21 @@ SPOILED: dict[str, tuple[str, str]] = {
     "the last event": ("DELETE FROM event WHERE type = 'succeeded' AND job = 1", "I6"),
     "a job's key": ("UPDATE job SET idempotency_key = 'other' WHERE number = 1", "I9"),
     "a write after the next claim": (
-        "INSERT INTO audit (what, job, attempt, detail) VALUES ('log_line', 2, 1, '0')",
+        "INSERT INTO witnessed (what, job, attempt, detail) VALUES ('log_line', 2, 1, '0')",
         "I3",
     ),
     "a second holder": (
-        "INSERT INTO audit (what, job, attempt, detail, before, after, old_attempt, old_token, new_token)"
+        "INSERT INTO witnessed (what, job, attempt, detail, before, after, old_attempt, old_token, new_token)"
         " VALUES ('job', 2, 3, 'run', 'succeeded', 'claimed', 2, 'a', 'b')",
         "I1",
     ),
     "a state after the last": (
-        "INSERT INTO audit (what, job, attempt, detail, before, after, old_attempt)"
+        "INSERT INTO witnessed (what, job, attempt, detail, before, after, old_attempt)"
         " VALUES ('job', 1, 1, 'run', 'succeeded', 'queued', 1)",
         "I7",
     ),
     "a checkpoint that goes back": (
-        "INSERT INTO audit (what, job, attempt, detail) VALUES ('checkpoint', 2, 2, '1')",
+        "INSERT INTO witnessed (what, job, attempt, detail) VALUES ('checkpoint', 2, 2, '1')",
         "I8",
     ),
 }

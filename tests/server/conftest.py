@@ -33,6 +33,7 @@ ON_BOTH = (
     "files",
     "test_audit.py",
     "openai",
+    "plans",
     "test_auth.py",
     "test_migrations.py",
     "test_db.py",

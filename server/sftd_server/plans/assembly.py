@@ -1,8 +1,8 @@
 """A plan from its parts: mistakes of the spec, what a worker has counted, and what the server knows of devices and queue."""
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from sqlmodel import Session
@@ -26,6 +26,7 @@ from sftd_server.plans.timing import time_plan
 from sftd_server.settings import Settings
 
 MANY_EPOCHS = 10
+_MOST_ADVICE = 5
 _HIGH_RATES = {"full": 1e-4, "lora": 2e-3, "qlora": 2e-3}
 _LOW_RATES = {"full": 1e-7, "lora": 1e-6, "qlora": 1e-6}
 
@@ -122,10 +123,12 @@ def _memory(spec: JobSpec, facts: ModelFacts, analysis: Analysis, target: Target
     advice = []
     if fits is False:
         assert target.available_bytes is not None
-        for words, changed, with_batch in _smaller(spec, batch):
-            if needed(changed, with_batch) <= target.available_bytes:
+        kinds = set()  # of two numbers of devices the smaller one is enough
+        for kind, words, changed, with_batch in _smaller(spec, batch):
+            if kind not in kinds and needed(changed, with_batch) <= target.available_bytes:
+                kinds.add(kind)
                 advice.append(words)
-        advice = advice[:4] or ["use a smaller base model, or a device with more memory"]
+        advice = advice[:_MOST_ADVICE] or ["use a smaller base model, or a device with more memory"]
     return MemoryPlan(
         device=target.name,
         present=target.present,
@@ -137,46 +140,36 @@ def _memory(spec: JobSpec, facts: ModelFacts, analysis: Analysis, target: Target
     )
 
 
-def _smaller(spec: JobSpec, batch: BatchFacts) -> list[tuple[str, JobSpec, BatchFacts]]:
-    """Changes that take less memory, those that change the training least first: (what to do, spec, micro-batch)."""
-    found: list[tuple[str, JobSpec, BatchFacts]] = []
-
-    def add(words: str, spec: JobSpec, batch: BatchFacts) -> None:
-        found.append((words, spec, batch))
-
+def _smaller(spec: JobSpec, batch: BatchFacts) -> Iterator[tuple[str, str, JobSpec, BatchFacts]]:
+    """Changes that take less memory, those that change the training least first: (kind, what to do, spec, micro-batch)."""
     slower = spec.model_copy(update={"gradient_checkpointing": True})
     if not spec.gradient_checkpointing:
-        add("turn gradient_checkpointing on (the same training, slower)", slower, batch)
-    if batch.num_tokens > batch.longest_row:
-        most = max(batch.longest_row, 1)
-        share = most / batch.num_tokens
-        small = BatchFacts(most, max(1, round(batch.num_supervised * share)), batch.longest_row)
-        add(
-            f"set max_tokens_per_step to {most} (the same training in smaller micro-batches)"
-            + ("" if spec.gradient_checkpointing else " and gradient_checkpointing on"),
-            slower,
-            small,
-        )
-    else:
-        small = batch
-    if spec.optimizer == "adamw" and spec.method == "full":
-        eight = slower.model_copy(update={"optimizer": "adamw_8bit"})
-        add("use the optimizer adamw_8bit with smaller micro-batches", eight, small)
+        yield "slower", "turn gradient_checkpointing on (the same training, slower)", slower, batch
+    small = batch
+    if batch.num_tokens > batch.longest_row > 0:
+        share = batch.longest_row / batch.num_tokens
+        supervised = max(1, round(batch.num_supervised * share))
+        small = replace(batch, num_tokens=batch.longest_row, num_supervised=supervised)
+        words = f"set max_tokens_per_step to {batch.longest_row} (the same training in smaller micro-batches)"
+        also = "" if spec.gradient_checkpointing else " and gradient_checkpointing on"
+        yield "smaller", words + also, slower, small
     if spec.method == "full":
+        eight = slower.model_copy(update={"optimizer": "adamw_8bit"})
+        yield "optimizer", "use the optimizer adamw_8bit, in smaller micro-batches", eight, small
         for gpus in (2, 4, 8):
             if gpus > spec.gpus:
-                add(
-                    f"use gpus: {gpus} (weights are shared out among them)",
-                    slower.model_copy(update={"gpus": gpus, "optimizer": "adamw", "sharding": "auto"}),
-                    small,
-                )
-        add("use the method lora", slower.model_copy(update={"method": "lora"}), small)
+                update = {"gpus": gpus, "optimizer": "adamw", "sharding": "auto"}
+                words = f"use gpus: {gpus} (weights are shared out among them)"
+                yield "gpus", words, slower.model_copy(update=update), small
+        yield "lora", "use the method lora", slower.model_copy(update={"method": "lora"}), small
     if spec.method != "qlora":
-        add("use the method qlora", slower.model_copy(update={"method": "qlora"}), small)
+        yield "qlora", "use the method qlora", slower.model_copy(update={"method": "qlora"}), small
     half = max(1, batch.longest_row // 2)
-    shorter = BatchFacts(half, max(1, small.num_supervised // 2), half)
-    add(f"lower max_seq_length to {half} (with on_overlong: truncate or drop)", slower, shorter)
-    return found
+    shorter = replace(
+        batch, num_tokens=half, num_supervised=max(1, small.num_supervised // 2), longest_row=half
+    )
+    words = f"lower max_seq_length to {half} (with on_overlong: truncate or drop)"
+    yield "shorter", words, slower, shorter
 
 
 def _disk(

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 
-from sftd.plan import Plan, RowPreview
+from sftd.plan import Plan, RenderedRows
 from sftd.protocol import TOKEN_HEADER, AnalysisClaim, AnalysisReport, AnalysisRequest, AnalysisTask, Ok
 from sftd.spec import JobSpec
 from sftd_server.errors import Conflict, Invalid, Unavailable, error_responses
@@ -76,7 +76,7 @@ async def preview(
     train_on: Annotated[str, Query(max_length=32)] = "completion",
     max_seq_length: Annotated[int, Query(ge=2, le=4_194_304)] = 2048,
     wait: Wait = 20,
-) -> RowPreview:
+) -> RenderedRows:
     """Rows as the model will see them, through its chat template, with what carries the loss marked."""
     value = {
         "base_model": base_model,
@@ -95,7 +95,7 @@ async def preview(
         raise Unavailable(incomplete or "The rows are being counted; ask again.", code="counting")
     if report.analysis is None:
         raise Conflict(f"The rows could not be rendered: {report.error}", code="not_counted")
-    return RowPreview(data=report.analysis.rows, problems=report.analysis.problems)
+    return RenderedRows(data=report.analysis.rows, problems=report.analysis.problems)
 
 
 def _known(named: Sequence[str]) -> list[str]:
@@ -201,5 +201,6 @@ async def renew(analysis_id: AnalysisId, token: Token, server: ServerDep) -> Ok:
 @worker_router.post("/{analysis_id}/finish")
 async def finish(analysis_id: AnalysisId, message: AnalysisReport, token: Token, server: ServerDep) -> Ok:
     """Say what was counted, or why it could not be."""
-    await server.db.write(lambda session: service.finish(session, analysis_id, token, message))
+    now = server.clock.now()
+    await server.db.write(lambda session: service.finish(session, analysis_id, token, message, now))
     return Ok(ok=True)

@@ -6,6 +6,7 @@ The same question is counted once. A worker holds it under a lease that it renew
 import hashlib
 import secrets
 from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import ColumnElement
 from sqlmodel import Session, and_, col, delete, or_, select, update
@@ -70,13 +71,19 @@ def ask(session: Session, request: AnalysisRequest, now: datetime) -> str:
     if row is not None and not _is_stale(row, now):
         session.exec(update(AnalysisRow).where(col(AnalysisRow.id) == asked).values(used_at=now))
         return asked
-    session.exec(delete(AnalysisRow).where(col(AnalysisRow.id) == asked))
-    session.add(
-        AnalysisRow(
-            id=asked, request=request.model_dump(mode="json"), state="wanted", created_at=now, used_at=now
-        )
-    )
-    session.flush()
+    anew: dict[str, Any] = {
+        "state": "wanted",
+        "tries": 0,
+        "result": None,
+        "error": None,
+        "created_at": now,
+        "used_at": now,
+    }
+    if row is not None:
+        session.exec(update(AnalysisRow).where(col(AnalysisRow.id) == asked).values(**anew))
+    else:
+        session.add(AnalysisRow(id=asked, request=request.model_dump(mode="json"), **anew))
+        session.flush()
     touch(session, TOPIC)
     return asked
 
@@ -128,7 +135,7 @@ def claim(session: Session, *, worker_id: str, boot_id: str, now: datetime) -> A
         return None
     if row.tries >= MAX_TRIES:
         told = f"{row.tries} workers vanished while they counted it; see their logs"
-        _end(session, row.id, {"state": "failed", "error": told})
+        _end(session, row.id, {"state": "failed", "error": told}, now)
         return None
     token = secrets.token_hex(24)
     statement = (
@@ -155,7 +162,7 @@ def renew(session: Session, asked: str, token: str, now: datetime) -> None:
         raise _not_held(asked)
 
 
-def finish(session: Session, asked: str, token: str, report: AnalysisReport) -> None:
+def finish(session: Session, asked: str, token: str, report: AnalysisReport, now: datetime) -> None:
     """Keep what was counted. Raises Conflict where another worker counts it now."""
     if report.may_retry:
         values: dict[str, object] = {"state": "wanted"}
@@ -165,13 +172,21 @@ def finish(session: Session, asked: str, token: str, report: AnalysisReport) -> 
     held = _held(asked, token)
     if session.exec(select(AnalysisRow.id).where(*held).with_for_update()).first() is None:
         raise _not_held(asked)
-    _end(session, asked, values)
+    _end(session, asked, values, now)
+
+
+def any_unused(session: Session, now: datetime) -> bool:
+    """Whether there is something that nobody has asked for in a while."""
+    return session.exec(select(AnalysisRow.id).where(_unused(now)).limit(1)).first() is not None
 
 
 def sweep(session: Session, now: datetime) -> int:
-    """Forget what nobody has asked for in a while; how many."""
-    long_ago = now - timedelta(seconds=KEPT_SECONDS)
-    return session.exec(delete(AnalysisRow).where(col(AnalysisRow.used_at) < long_ago)).rowcount
+    """Forget that; how many."""
+    return session.exec(delete(AnalysisRow).where(_unused(now))).rowcount
+
+
+def _unused(now: datetime) -> ColumnElement[bool]:
+    return col(AnalysisRow.used_at) < now - timedelta(seconds=KEPT_SECONDS)
 
 
 def _claimable(now: datetime) -> ColumnElement[bool]:
@@ -187,8 +202,8 @@ def _held(asked: str, token: str) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def _end(session: Session, asked: str, values: dict[str, object]) -> None:
-    free = {"token_sha256": None, "lease_until": None}
+def _end(session: Session, asked: str, values: dict[str, object], now: datetime) -> None:
+    free = {"token_sha256": None, "lease_until": None, "created_at": now}  # its age counts from here
     session.exec(update(AnalysisRow).where(col(AnalysisRow.id) == asked).values(**free, **values))
     touch(session, TOPIC, f"analysis:{asked}")
 
