@@ -70,6 +70,7 @@ class Things:
     def __init__(self, at: Box) -> None:
         self._box = at
         self.num = 0
+        self.part_ids: list[str] = []  # of the newest upload
 
     def fill(self, path: str, owner: httpx.Client, *, verb: str = "") -> str:
         """The path with objects of this owner in it, in a state in which the verb means something."""
@@ -116,10 +117,13 @@ class Things:
             return "1"
         if kind == "uploads":
             asked = {"purpose": "fine-tune", "filename": "a.jsonl", "bytes": 13, "mime_type": "text/jsonl"}
-            return str(owner.post("/v1/uploads", json=asked).json()["id"])
+            upload_id = str(owner.post("/v1/uploads", json=asked).json()["id"])
+            part = owner.post(f"/v1/uploads/{upload_id}/parts", files={"data": b'{"text": "a"}'})
+            self.part_ids[:] = [part.json()["id"]] if verb == "complete" else []
+            return upload_id
         if kind == "models":
-            self.job(owner, "models")
-            return str(owner.get("/v1/models").json()["data"][-1]["id"])
+            job_id = self.job(owner, "models")
+            return str(owner.get(f"/v1/fine_tuning/jobs/{job_id}").json()["fine_tuned_model"])
         pytest.fail(f"a route names one of {kind}: let Things make one")
 
 

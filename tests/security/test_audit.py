@@ -19,7 +19,7 @@ def calls(things: Things, owner: httpx.Client) -> list[dict[str, Any]]:
         {}, {"name": f"n{things.num}"}, {"position": "last"}, spec, {"max_queued_jobs": things.num},
         {"model": "org/m", "training_file": spec["training_file"]},
         {"purpose": "fine-tune", "filename": "a.jsonl", "bytes": 13, "mime_type": "text/jsonl"},
-        {"part_ids": []},
+        {"part_ids": things.part_ids},
     ]  # fmt: skip
     forms = [{"files": {"file": ROWS}, "data": {"purpose": "fine-tune"}}, {"files": {"data": ROWS}}]
     return [{}, *({"json": body} for body in bodies), *forms]
