@@ -336,6 +336,10 @@ def _checked_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigurationError(f"{url!r} is not an address of a server; write it as http://host:port.")
+    if parts.username is not None or parts.password is not None:
+        raise ConfigurationError(
+            "The address holds a user or a password, which would show in logs and reports; give the key apart."
+        )
     return url.rstrip("/")
 
 

@@ -12,22 +12,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
-from pydantic import ConfigDict
-
 from sftd._transport import Transport
 from sftd.errors import ConfigurationError, ConnectionFailed, FileFailed, WaitTimeout
 from sftd.paging import pages
-from sftd.schemas import Answer, File
+from sftd.plan import RenderedRows
+from sftd.schemas import File, RowPreview
 
 UPLOAD_TIMEOUT_SECONDS = 600.0  # the server reads and checks every row before it answers
 POLL_SECONDS = 0.5
-
-
-class FileRow(Answer):
-    """A row of a data file as the server understood it: `row.messages` or `row.text`, `row.weights`, `row.tools`."""
-
-    model_config = ConfigDict(extra="allow", ser_json_inf_nan="strings")
-    line: int
 
 
 class Files:
@@ -78,9 +70,32 @@ class Files:
         with self._transport.stream(f"{_path(file_id)}/content") as pieces:
             return write_file(path.parent, path.name, pieces, sha256=file.sha256)
 
-    def rows(self, file_id: str, *, after: int | None = None, limit: int | None = None) -> Iterator[FileRow]:
+    def rows(
+        self, file_id: str, *, after: int | None = None, limit: int | None = None
+    ) -> Iterator[RowPreview]:
         """Rows as they were understood, by line: `[row.line for row in client.files.rows("file_…", limit=3)]`."""
-        return pages(self._transport, f"{_path(file_id)}/rows", FileRow, after=after, limit=limit)
+        return pages(self._transport, f"{_path(file_id)}/rows", RowPreview, after=after, limit=limit)
+
+    def preview(
+        self,
+        file_id: str,
+        *,
+        base_model: str,
+        after: int = 0,
+        limit: int = 3,
+        train_on: str = "completion",
+        max_seq_length: int = 2048,
+    ) -> RenderedRows:
+        """Rows through a model's chat template, with what carries the loss marked:
+        `client.files.preview("file_…", base_model="Qwen/Qwen2.5-7B-Instruct").data[0].segments`."""
+        params: dict[str, str | int] = {
+            "base_model": base_model,
+            "after": after,
+            "limit": limit,
+            "train_on": train_on,
+            "max_seq_length": max_seq_length,
+        }
+        return self._transport.request("GET", f"{_path(file_id)}/preview", params=params).parse(RenderedRows)
 
     def wait(self, file_id: str, *, timeout_seconds: float | None = None) -> File:
         """Wait until the rows of a file are checked and return it; raise FileFailed where they are wrong."""

@@ -105,7 +105,7 @@ def estimate(
     """Bytes on one device at the fullest moment of a run, without the process itself (Python, libraries, CUDA's context)."""
     trainable = trainable_parameters(spec, facts)
     share = 1.0
-    if spec.gpus > 1 and spec.sharding in ("auto", "fsdp") and spec.method == "full":
+    if spec.gpus > 1 and spec.method == "full" and is_sharded(spec):
         share = 1 / spec.gpus
     adapter = 0 if spec.method == "full" else 4 * trainable
     weights = _weight_bytes(spec, facts, precision)
@@ -119,6 +119,13 @@ def estimate(
         other=0,
     )
     return parts.model_copy(update={"other": _other(spec, parts, batch, device)})
+
+
+def is_sharded(spec: JobSpec) -> bool:
+    """Whether each of several devices keeps a share of the weights (sharding.py)."""
+    return spec.sharding == "fsdp" or (
+        spec.sharding == "auto" and spec.method == "full" and spec.optimizer == "adamw"
+    )
 
 
 def total(parts: MemoryParts) -> int:

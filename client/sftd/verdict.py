@@ -82,7 +82,7 @@ def markdown(verdict: Verdict) -> str:
         lines.append("")
     lines += ["| job | |", "|---|---|"]
     for name, value in _facts(verdict).items():
-        lines.append(f"| {name} | {f'<{value}>' if name == 'url' else _cell(value)} |")
+        lines.append(f"| {_cell(name)} | {f'<{value}>' if name == 'url' else _cell(value)} |")
     return "\n".join([*lines, "", ""])
 
 

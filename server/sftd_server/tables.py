@@ -508,6 +508,7 @@ class AnalysisRow(SQLModel, table=True):
     )
 
     id: str = Field(primary_key=True)
+    owner: str  # who asked for it first
     request: dict[str, Any] = Field(sa_type=JSON)
     state: str = "wanted"
     worker_id: str | None = None

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 Make = Callable[..., Any]
 Sftd = Callable[..., "Outcome"]
 
+OWN_KEY = {
+    "id": "key_1", "name": "anna", "role": "user", "created_at": "2026-01-01T00:00:00Z", "expires_at": None,
+    "max_running_jobs": 2, "running_jobs": 1, "queued_jobs": 0, "gpu_hours_this_month": 0.5, "month_ends_at": "2026-02-01T00:00:00Z",
+}  # fmt: skip
+
 
 def page(*items: Any) -> dict[str, Any]:
     return {"object": "list", "data": list(items), "has_more": False, "next_after": None}
@@ -70,7 +75,7 @@ def test_a_wrong_key_is_not_kept(box: "Box", sftd: Sftd, monkeypatch: pytest.Mon
 def test_login_asks_and_names_the_owner(
     sftd: Sftd, scripted: "ScriptedServer", answer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted.will_answer(answer(body={"name": "anna", "role": "user", "running": 1}))
+    scripted.will_answer(answer(body=OWN_KEY))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{scripted.url}\n"))
     monkeypatch.setattr("getpass.getpass", lambda *_, **__: "secret")
 
@@ -79,7 +84,12 @@ def test_login_asks_and_names_the_owner(
     assert (entered.code, "as anna, role user; kept in" in entered.err) == (0, True)
     assert scripted.requests[0].headers["authorization"] == "Bearer secret"
     shown = sftd("whoami").out
-    assert shown.splitlines()[1:] == ["name        anna", "role        user", "running     1"]
+    assert [line.split(maxsplit=1)[1] for line in shown.splitlines()[1:]] == [
+        "anna (user)",
+        "1 of 2",
+        "0",
+        "0.5 this month",
+    ]
     assert json.loads(sftd("whoami", "--json").out)["url"] == scripted.url
 
 
@@ -168,7 +178,7 @@ def test_the_audit_log_is_listed_with_its_filters(
 def test_jobs_are_filtered_by_owner_and_metadata(
     sftd: Sftd, at_scripted: "ScriptedServer", answer: Make
 ) -> None:
-    at_scripted.will_answer(answer(body={"name": "anna", "role": "user"}), answer(body=page()))
+    at_scripted.will_answer(answer(body=OWN_KEY), answer(body=page()))
 
     sftd(
         "ls",
@@ -227,8 +237,10 @@ def test_rows_are_shown_as_they_were_understood(
     row = {
         "line": 3, "format": "messages", "weights": [0, 1], "tools": None, "text": None,
         "messages": [{"role": "user", "content": "a\nb\x1b"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}],
+        "problem": None,
     }  # fmt: skip
-    at_scripted.will_answer(answer(body=page(row, {"line": 4, "text": "plain"})))
+    text = {**row, "line": 4, "format": "text", "messages": None, "weights": [], "text": "plain"}
+    at_scripted.will_answer(answer(body=page(row, text)))
 
     shown = sftd("files", "rows", "file_1", "--after", 2)
 

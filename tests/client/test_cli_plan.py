@@ -75,7 +75,7 @@ WHOLE = plan_body(
     validation=data_plan(filename="validation.jsonl"),
     overlap={"exact": {"count": 1, "examples": []}, "near": None},
     packing={
-        "enabled": True, "micro_batches_per_step": 1.5, "mean_tokens": 100.0, "max_tokens": 128, "efficiency": 0.97,
+        "enabled": True, "micro_batches_per_step": 1.5, "mean_tokens": 100.0, "max_tokens": 128, "fill": 0.9, "efficiency": 0.97,
         "padded_efficiency": 0.4,
     },
     steps={

@@ -289,3 +289,58 @@ def test_adapter_parameters_are_those_that_peft_makes(
     assert counted.model is not None
     spec = make_job(max_steps=1, lora=lora).spec
     assert adapter_parameters(spec, counted.model) == derived["trainable_parameters"]
+
+
+def test_good_rows_beside_an_unreadable_one_are_all_counted(analyse: Analyse) -> None:
+    counted = analyse([*numbered(300), "{not json"])
+
+    assert counted.training is not None
+    assert (counted.training.num_used, counted.training.num_rows) == (300, 301)
+    assert [line for line, _ in told(counted.problems)] == [301]
+
+
+def test_the_longest_run_costs_no_more_than_a_short_one(analyse: Analyse) -> None:
+    counted = analyse(numbered(20), max_steps=10**9, eval_steps=1, validation_split=0.2)
+
+    assert counted.steps is not None
+    assert counted.steps.num_evaluations == 10**9 + 1
+
+
+def test_a_long_row_behind_the_steps_that_are_laid_out_still_counts(
+    analyse: Analyse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(analysis, "_STEPS_LAID_OUT", 3)
+    rows = [*numbered(60), row("say much", "word " * 300)]
+
+    for seed in range(4):
+        counted = analyse(rows, seed=seed, batch_size=2, gradient_accumulation_steps=1, max_seq_length=512)
+        assert counted.largest_tokens >= counted.longest_row > 300
+
+
+def test_a_row_of_very_many_turns_is_shortened(analyse: Analyse) -> None:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "a"} for i in range(400)]
+
+    counted = analyse([{"messages": turns}] * 2, max_seq_length=8192)
+
+    assert counted.training is not None
+    assert len(counted.training.examples[0].segments) == 100
+    assert counted.training.examples[0].shortened
+
+
+def test_half_of_what_is_kept_of_a_file_with_mistakes_is_made_anew(analyse: Analyse, tmp_path: Path) -> None:
+    rows = [*numbered(12), {"prompt": "q"}]
+    first = analyse(rows)
+    for kept in (tmp_path / "cache").glob("*.partial.arrow"):
+        kept.unlink()
+
+    assert analyse(rows) == first
+
+
+def test_problems_beyond_those_that_are_told_are_counted(
+    analyse: Analyse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(analysis, "MAX_PLAN_PROBLEMS", 5)
+    counted = analyse([*[row(f"q{i}", " ") for i in range(8)], *numbered(3)])
+
+    assert len([problem for problem in counted.problems if problem.line]) == 5
+    assert counted.num_problems == 8

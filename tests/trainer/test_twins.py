@@ -124,3 +124,28 @@ def test_rows_shorter_than_a_5_gram_have_their_own_sketch(tmp_path: Path) -> Non
     assert pairs(found.exact) == {3: 0}
     assert found.near is not None
     assert pairs(found.near) == {}
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.9, 1.0])
+def test_a_text_that_most_rows_repeat_is_found_whatever_its_share(share: float, tmp_path: Path) -> None:
+    num = 100
+    rows = random_rows(num, length=120)
+    repeated = rows[0]
+    masks = {}
+    for i in range(num):
+        if i < share * num:
+            rows[i] = [*repeated[:-1], 40_000 + i]
+        masks[i] = [place >= len(TEMPLATE) for place in range(len(rows[i]))]
+
+    found = twins_of(rows_of(*rows, masks=masks), tmp_path)
+
+    assert found.near is not None
+    assert len(pairs(found.near)) == share * num - 1
+
+
+def test_a_sketch_that_was_cut_short_is_made_anew(tmp_path: Path) -> None:
+    table, cached = rows_of(*random_rows(20)), tmp_path / "twins.npz"
+    whole = sketch(table, cached)
+    cached.write_bytes(cached.read_bytes()[:200])
+
+    assert (sketch(table, cached).exact == whole.exact).all()

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from sftd._transport import backoff_seconds
-from sftd.errors import NotFound, SftdError
+from sftd.errors import Conflict, Invalid, NotFound, SftdError, TooLarge
 from sftd.protocol import (
     ANALYSIS_FILE,
     ANALYSIS_RESULT_FILE,
@@ -32,6 +32,10 @@ log = logging.getLogger("sftd.worker")
 MOST_SECONDS = 3600.0  # of counting; then it hangs
 GRACE_SECONDS = 1.0
 TAIL_LINES = 5
+
+
+class _Lost(Exception):
+    """It is not this worker's any more."""
 
 
 class Analyst:
@@ -84,13 +88,30 @@ class Analyst:
     def _count(self, task: AnalysisTask) -> None:
         try:
             report = self._report_of(task)
+        except _Lost as lost:
+            log.warning("%s: another worker counts it now: %s", task.id, lost)
+            return
         except Exception as error:  # the edge of a thread: whoever waits for the plan must hear of it
             log.exception("%s: could not be counted", task.id)
             report = AnalysisReport(error=f"On the worker: {error!r}"[:4000])
         try:
-            self._say(task, "finish", report)
+            try:
+                self._say(task, "finish", report)
+            except (Invalid, TooLarge) as error:  # else two more workers would count it, to the same end
+                self._say(
+                    task, "finish", AnalysisReport(error=f"The server refused the count: {error}"[:4000])
+                )
         except SftdError as error:
             log.warning("%s: what was counted was not heard: %s", task.id, error)
+
+    def _renew(self, task: AnalysisTask) -> None:
+        """Raises _Lost. A server that is away is no reason to give up: it may have given it to nobody else yet."""
+        try:
+            self._say(task, "renew", None)
+        except (Conflict, NotFound) as error:
+            raise _Lost(str(error)) from error
+        except SftdError as error:
+            log.debug("%s: the lease could not be renewed: %s", task.id, error)
 
     def _say(self, task: AnalysisTask, call: str, body: AnalysisReport | None) -> None:
         self._worker.transport.request(
@@ -162,7 +183,7 @@ class Analyst:
                     return AnalysisReport(error=f"It took more than {MOST_SECONDS:.0f} s.")
                 if now > renew_at:
                     renew_at = now + task.lease_seconds / 3
-                    self._say(task, "renew", None)
+                    self._renew(task)
         finally:
             process.kill()
             over.wait(GRACE_SECONDS)

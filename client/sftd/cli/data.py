@@ -11,10 +11,9 @@ import typer
 from sftd.cli.app import JOBS, AsJson, app, files, say_deleted
 from sftd.client import Client
 from sftd.errors import ConfigurationError
-from sftd.files import FileRow
 from sftd.output import print_facts, print_json, print_json_line, print_table, printable, say, size, when
 from sftd.rows import RowsInvalid, check_file
-from sftd.schemas import File
+from sftd.schemas import File, RowPreview
 
 DataFile = Annotated[Path, typer.Argument(help="Data file, JSONL or a JSON array.")]
 FileId = Annotated[str, typer.Argument(metavar="ID", help="Id of the file.")]
@@ -98,10 +97,16 @@ def show_rows(
     file_id: FileId,
     after: Annotated[int | None, typer.Option(min=0, help="Go on after this line.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 5,
+    model: Annotated[
+        str | None, typer.Option(help="Through this base model's chat template, with what is learned marked.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print rows of a file as the server understands them; with --json one object a line."""
     with Client() as client:
+        if model is not None:
+            _print_rendered(client, file_id, model, after=after or 0, limit=limit, as_json=as_json)
+            return
         for row in client.files.rows(file_id, after=after, limit=limit):
             if as_json:
                 print_json_line(row)
@@ -164,17 +169,32 @@ def _print_mistakes(error: RowsInvalid, *, as_json: bool) -> None:
         print(printable(line), file=sys.stderr)
 
 
-def _print_row(row: FileRow) -> None:
+def _print_row(row: RowPreview) -> None:
     """`line 3`, then a message a line; what is trained on is marked."""
-    fields: dict[str, Any] = row.model_dump()  # an open answer
     print(f"line {row.line}")
-    weights = fields.get("weights") or []
-    for i, message in enumerate(fields.get("messages") or []):
-        mark = "*" if i < len(weights) and weights[i] else " "
+    if row.problem is not None:
+        print(f"! {_shown(row.problem)}")
+    for message, weight in zip(row.messages or [], row.weights, strict=False):
         said = message.get("content") or json.dumps(message.get("tool_calls"), ensure_ascii=False)
-        print(f"{mark} {printable(str(message.get('role')))}: {_shown(said)}")
-    if fields.get("text") is not None:
-        print(f"* {_shown(fields['text'])}")
+        print(f"{'*' if weight else ' '} {printable(str(message.get('role')))}: {_shown(said)}")
+    if row.text is not None:
+        print(f"* {_shown(row.text)}")
+
+
+def _print_rendered(
+    client: Client, file_id: str, model: str, *, after: int, limit: int, as_json: bool
+) -> None:
+    from sftd.cli.plan import print_rendered  # its imports are asked for here alone
+
+    found = client.files.preview(file_id, base_model=model, after=after, limit=limit)
+    if as_json:
+        for row in found.data:
+            print_json_line(row)
+        return
+    for row in found.data:
+        print_rendered(row)
+    for problem in found.problems:
+        say(f"line {problem.line}: {problem.message}; {problem.remedy or ''}".rstrip("; "))
 
 
 def _shown(text: Any) -> str:

@@ -10,7 +10,7 @@ from sftd.cli.app import BOX, AsJson, app
 from sftd.client import Client
 from sftd.config import Config, config_path, forget_config, read_config, write_config
 from sftd.errors import ApiError, ConfigurationError
-from sftd.output import print_facts, print_json, say
+from sftd.output import print_facts, print_json, say, when
 
 _NO_SUCH_ROUTE = (404, 405)  # a server older than this client
 
@@ -54,11 +54,24 @@ def logout(as_json: AsJson = False) -> None:
 def whoami(as_json: AsJson = False) -> None:
     """Show the server and the key that commands here use, its limits and what is used of them."""
     with Client() as client:
-        found = {"url": client.url, **client.keys.me().model_dump(mode="json")}
+        url, me = client.url, client.keys.me()
     if as_json:
-        print_json(found)
+        print_json({"url": url, **me.model_dump(mode="json")})
         return
-    print_facts({name.replace("_", " "): value for name, value in found.items() if name != "object"})
+    print_facts(
+        {
+            "server": url,
+            "name": f"{me.name} ({me.role})",
+            "expires": me.expires_at and when(me.expires_at),
+            "running": _of(me.running_jobs, me.max_running_jobs),
+            "queued": _of(me.queued_jobs, me.max_queued_jobs),
+            "GPU-hours": _of(round(me.gpu_hours_this_month, 2), me.max_gpu_hours_per_month) + " this month",
+        }
+    )
+
+
+def _of(used: float, most: float | None) -> str:
+    return f"{used:g}" if most is None else f"{used:g} of {most:g}"
 
 
 def _owner(client: Client) -> dict[str, str]:

@@ -77,6 +77,11 @@ def _planned(client: Client, fields: Spec, *, wait_seconds: float) -> "Plan":
             return found
 
 
+def print_rendered(row: "RenderedRow") -> None:
+    """A row as the model sees it."""
+    _Printer().row(row)
+
+
 class _Printer:
     """A plan for a person: colours in a terminal, marks elsewhere."""
 
@@ -247,11 +252,15 @@ class _Printer:
 
     def _rows(self, data: "DataPlan") -> None:
         for row in data.examples[:SHOWN_ROWS]:
-            self._line(
-                f"line {row.line} as the model sees it: {row.num_tokens:,} tokens, {row.num_supervised:,} supervised",
-                "bold",
-            )
-            self._rendered(row)
+            self.row(row)
+
+    def row(self, row: "RenderedRow") -> None:
+        """A line about it, then its text."""
+        self._line(
+            f"line {row.line} as the model sees it: {row.num_tokens:,} tokens, {row.num_supervised:,} supervised",
+            "bold",
+        )
+        self._rendered(row)
 
     def _rendered(self, row: "RenderedRow") -> None:
         """What carries the loss is green in a terminal, and stands between marks elsewhere."""

@@ -339,9 +339,9 @@ def _about_lines(message: str, remedy: str) -> PlanProblem:
 
 
 def _about_memory(memory: list[MemoryPlan]) -> list[PlanProblem]:
-    """An error where it fits on no device that is there."""
-    there = [device for device in memory if device.present and device.fits is not None]
-    if not there or any(device.fits for device in there):
+    """An error where it fits on no device that is there. Of some it is not known."""
+    there = [device for device in memory if device.present]
+    if not there or any(device.fits is not False for device in there):
         return []
     largest = max(there, key=lambda device: device.available_bytes or 0)
     return [

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 
 from sftd.plan import Plan, RenderedRows
 from sftd.protocol import TOKEN_HEADER, AnalysisClaim, AnalysisReport, AnalysisRequest, AnalysisTask, Ok
-from sftd.spec import JobSpec
+from sftd.spec import JOB_REFERENCE, JobSpec
+from sftd_server.auth import Caller, caller_of
 from sftd_server.errors import Conflict, Invalid, Unavailable, error_responses
 from sftd_server.jobs import posting, submission
 from sftd_server.jobs.router import SPEC_BODY
@@ -22,6 +23,7 @@ from sftd_server.strict_json import MAX_INTEGER, StrictRoute, read_json
 MAX_NAMED = 16  # types of GPU in one plan
 
 ServerDep = Annotated[Server, Depends(server_of)]
+CallerDep = Annotated[Caller, Depends(caller_of)]
 AnalysisId = Annotated[str, Path(max_length=64)]
 Token = Annotated[str, Header(alias=TOKEN_HEADER, max_length=128, description="From the claim's answer.")]
 Wait = Annotated[
@@ -37,10 +39,11 @@ worker_router = APIRouter(
 )
 
 
-@router.post("/jobs/plan", openapi_extra=SPEC_BODY, responses=error_responses(413))
+@router.post("/jobs/plan", openapi_extra=SPEC_BODY, responses=error_responses(413, 429))
 async def plan(
     request: Request,
     server: ServerDep,
+    caller: CallerDep,
     gpu: Annotated[
         list[str] | None,
         Query(
@@ -60,17 +63,18 @@ async def plan(
     look = await server.db.read(lambda session: submission.look(session, value, sources))
     counted = look.spec or _without_mistakes(value, look)
     asked = _request(counted, look)
-    report, incomplete = await _counted(server, asked, wait)
+    report, incomplete = await _counted(server, caller, asked, wait)
     parts = Parts(look, counted, report, incomplete, named)
     now = server.clock.now()
     return await server.db.read(lambda session: assemble(session, parts, server.settings, now))
 
 
-@router.get("/files/{file_id}/preview", responses=error_responses(404, 409))
+@router.get("/files/{file_id}/preview", responses=error_responses(404, 409, 429))
 async def preview(
     file_id: Annotated[str, Path(max_length=64)],
     base_model: Annotated[str, Query(min_length=1, max_length=1024, description="Whose chat template.")],
     server: ServerDep,
+    caller: CallerDep,
     after: Annotated[int, Query(ge=0, le=MAX_INTEGER, description="Go on after this line.")] = 0,
     limit: Annotated[int, Query(ge=1, le=100)] = 3,
     train_on: Annotated[str, Query(max_length=32)] = "completion",
@@ -90,7 +94,7 @@ async def preview(
     if look.mistakes or asked is None:
         raise Invalid.of(look.mistakes)
     lines = list(range(after + 1, after + 1 + limit))
-    report, incomplete = await _counted(server, asked.model_copy(update={"lines": lines}), wait)
+    report, incomplete = await _counted(server, caller, asked.model_copy(update={"lines": lines}), wait)
     if report is None:
         raise Unavailable(incomplete or "The rows are being counted; ask again.", code="counting")
     if report.analysis is None:
@@ -130,6 +134,8 @@ def _request(spec: JobSpec | None, look: Look) -> AnalysisRequest | None:
     training = look.files.get("training_file")
     if spec is None or training is None or any(m.field == "base_model" for m in look.mistakes):
         return None
+    if look.base is None and JOB_REFERENCE.match(spec.base_model):
+        return None  # the result of a job that it waits for
     return AnalysisRequest(
         spec=service.counted_by(spec),
         training_file=training,
@@ -139,14 +145,16 @@ def _request(spec: JobSpec | None, look: Look) -> AnalysisRequest | None:
 
 
 async def _counted(
-    server: Server, asked: AnalysisRequest | None, wait: float
+    server: Server, caller: Caller, asked: AnalysisRequest | None, wait: float
 ) -> tuple[AnalysisReport | None, str | None]:
     """(what was counted, what is missing and why)."""
     if asked is None:
-        return None, "The data is not counted before base_model and training_file are right."
+        return None, (
+            "The data is counted when base_model and training_file are right, and a base that another job makes is there."
+        )
     request = asked
     now = server.clock.now()
-    key = await server.db.write(lambda session: service.ask(session, request, now))
+    key = await server.db.write(lambda session: service.ask(session, request, caller.name, now))
     look = functools.partial(service.outcome, asked=key)
     report = await server.db.read(look)
     if report is not None:

@@ -9,12 +9,12 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement
-from sqlmodel import Session, and_, col, delete, or_, select, update
+from sqlmodel import Session, and_, col, delete, func, or_, select, update
 
 from sftd.protocol import Analysis, AnalysisReport, AnalysisRequest, AnalysisTask
 from sftd.spec import JobSpec
 from sftd_server.db import touch
-from sftd_server.errors import Conflict
+from sftd_server.errors import ApiError, Conflict
 from sftd_server.jobs.scheduling import ALIVE_SECONDS
 from sftd_server.tables import AnalysisRow, WorkerRow
 from sftd_server.workers.registry import Unregistered
@@ -23,7 +23,10 @@ LEASE_SECONDS = 60.0
 MAX_TRIES = 3
 FRESH_SECONDS = 86400.0  # a model's folder may have been changed since
 KEPT_SECONDS = 7 * 86400.0  # without having been asked for
+MOST_KEPT = 500  # those asked for last
 RETRY_SECONDS = 10.0  # what failed may go well once something has been mended
+ABANDONED_SECONDS = 600.0  # nobody has asked again: it is not counted any more
+MOST_WANTED = 8  # of one owner, at a time
 TOPIC = "analyses"
 
 # What decides on the rows, the steps and the shape of the model. The rest of a spec is the server's business.
@@ -53,6 +56,17 @@ _COUNTED_BY = (
 )
 
 
+class TooManyPlans(ApiError):
+    """429: an owner asks for more than is counted at a time."""
+
+    status = 429
+    kind = "limit_error"
+    may_pass = True
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="too_many_plans", headers={"retry-after": "5"})
+
+
 def counted_by(spec: JobSpec) -> JobSpec:
     """The spec without what does not change the count, so that plans that differ in that share one."""
     fields = spec.model_dump(mode="json", include=set(_COUNTED_BY), exclude_none=True)
@@ -64,14 +78,16 @@ def id_of(request: AnalysisRequest) -> str:
     return "count_" + hashlib.sha256(request.model_dump_json().encode()).hexdigest()[:32]
 
 
-def ask(session: Session, request: AnalysisRequest, now: datetime) -> str:
-    """Have something counted, unless it has been, or is being, counted. Returns its id."""
+def ask(session: Session, request: AnalysisRequest, owner: str, now: datetime) -> str:
+    """Have something counted, unless it has been, or is being, counted. Returns its id. Raises TooManyPlans."""
     asked = id_of(request)
     row = session.exec(select(AnalysisRow).where(AnalysisRow.id == asked).with_for_update()).first()
     if row is not None and not _is_stale(row, now):
         session.exec(update(AnalysisRow).where(col(AnalysisRow.id) == asked).values(used_at=now))
         return asked
+    _require_place(session, owner, now)
     anew: dict[str, Any] = {
+        "owner": owner,
         "state": "wanted",
         "tries": 0,
         "result": None,
@@ -88,10 +104,22 @@ def ask(session: Session, request: AnalysisRequest, now: datetime) -> str:
     return asked
 
 
+def _require_place(session: Session, owner: str, now: datetime) -> None:
+    """One owner's questions must not keep all others waiting."""
+    waiting = select(func.count()).where(_claimable(now), AnalysisRow.owner == owner)
+    if session.exec(waiting).one() >= MOST_WANTED:
+        raise TooManyPlans(
+            f"{MOST_WANTED} plans or previews of yours wait to be counted; ask again when they are done."
+        )
+
+
 def _is_stale(row: AnalysisRow, now: datetime) -> bool:
+    """Whether it is to be counted anew. What found no model is tried again soon: the hub may have been away."""
     age = (now - row.created_at).total_seconds()
-    limit = {"done": FRESH_SECONDS, "failed": RETRY_SECONDS}.get(row.state)
-    return limit is not None and age > limit
+    if row.state == "done":
+        whole = row.result and (row.result.get("model") or row.result.get("rows"))
+        return age > (FRESH_SECONDS if whole else RETRY_SECONDS)
+    return row.state == "failed" and age > RETRY_SECONDS
 
 
 def outcome(session: Session, asked: str) -> AnalysisReport | None:
@@ -164,8 +192,8 @@ def renew(session: Session, asked: str, token: str, now: datetime) -> None:
 
 def finish(session: Session, asked: str, token: str, report: AnalysisReport, now: datetime) -> None:
     """Keep what was counted. Raises Conflict where another worker counts it now."""
-    if report.may_retry:
-        values: dict[str, object] = {"state": "wanted"}
+    if report.may_retry:  # it was stopped in order, which is none of the tries
+        values: dict[str, object] = {"state": "wanted", "tries": col(AnalysisRow.tries) - 1}
     else:
         result = report.analysis.model_dump(mode="json") if report.analysis is not None else None
         values = {"state": "failed" if result is None else "done", "result": result, "error": report.error}
@@ -186,12 +214,17 @@ def sweep(session: Session, now: datetime) -> int:
 
 
 def _unused(now: datetime) -> ColumnElement[bool]:
-    return col(AnalysisRow.used_at) < now - timedelta(seconds=KEPT_SECONDS)
+    by_use = select(AnalysisRow.id).order_by(col(AnalysisRow.used_at).desc(), col(AnalysisRow.id))
+    beyond = by_use.offset(MOST_KEPT).limit(MOST_KEPT)
+    long_ago = now - timedelta(seconds=KEPT_SECONDS)
+    return or_(col(AnalysisRow.used_at) < long_ago, col(AnalysisRow.id).in_(beyond))
 
 
 def _claimable(now: datetime) -> ColumnElement[bool]:
+    """A condition: somebody still asks for it, and nobody counts it."""
     vanished = and_(col(AnalysisRow.state) == "claimed", col(AnalysisRow.lease_until) < now)
-    return or_(col(AnalysisRow.state) == "wanted", vanished)
+    asked_for = col(AnalysisRow.used_at) >= now - timedelta(seconds=ABANDONED_SECONDS)
+    return and_(or_(col(AnalysisRow.state) == "wanted", vanished), asked_for)
 
 
 def _held(asked: str, token: str) -> tuple[ColumnElement[bool], ...]:

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import islice
 
 from sqlmodel import Session, col, func, select
 
@@ -25,6 +26,8 @@ CPU_FLOPS = 60e9
 # A token costs 2 FLOPs a weight forward, 2 back to its inputs, 2 for its gradient if it is trained; with gradient
 # checkpointing the forward is done twice (Kaplan et al. 2020, arXiv:2001.08361, and Chen et al. 2016, arXiv:1604.06174).
 FORWARD, BACK, LEARN = 2, 2, 2
+MOST_SECONDS = 10 * 365 * 86400.0
+MOST_AHEAD = 1000  # queued jobs that are looked at
 START_SECONDS = 10.0  # to load a small model; large ones take longer
 RECENT_RUNS = 300  # among these a run of the same shape is looked for
 MEASURED_RUNS = 5
@@ -47,16 +50,14 @@ def time_plan(
     now: datetime,
 ) -> TimePlan:
     """All of it, as far as it is known."""
-    speed = _measured(session, spec, facts) or _by_rule(spec, facts, target)
+    speed = _measured(session, spec, facts, target) or _by_rule(spec, facts, target)
     seconds = None
     if speed is not None and steps is not None:
         # An evaluation is a forward pass over the validation rows; its share is small and left out.
         seconds = START_SECONDS + steps.total_tokens / speed.tokens_per_second
     waits, why = _wait_seconds(session, spec, settings, now)
-    starts_at = None if waits is None else now + timedelta(seconds=waits)
-    finishes_at = None
-    if starts_at is not None and seconds is not None and seconds < 10 * 365 * 86400:
-        finishes_at = starts_at + timedelta(seconds=seconds)
+    starts_at = _after(now, waits)
+    finishes_at = _after(starts_at, seconds)
     return TimePlan(
         seconds=seconds,
         tokens_per_second=None if speed is None else round(speed.tokens_per_second, 1),
@@ -69,12 +70,21 @@ def time_plan(
     )
 
 
+def _after(moment: datetime | None, seconds: float | None) -> datetime | None:
+    """None where it is not known, or so far away that nobody will see it."""
+    if moment is None or seconds is None or seconds > MOST_SECONDS:
+        return None
+    return moment + timedelta(seconds=seconds)
+
+
 # ---------------------------------------------------------------- speed
 
 
-def _measured(session: Session, spec: JobSpec, facts: ModelFacts | None) -> _Speed | None:
-    """Tokens a second of the newest runs with as many weights, as many of them trained, on as many devices."""
-    if facts is None:
+def _measured(
+    session: Session, spec: JobSpec, facts: ModelFacts | None, target: Target | None
+) -> _Speed | None:
+    """Tokens a second of the newest runs with as many weights, as many of them trained, on as many such devices."""
+    if facts is None or target is None:
         return None
     shape = (facts.parameters + _added(spec, facts), trainable_parameters(spec, facts))
     newest = session.exec(select(func.max(EventRow.id))).one() or 0
@@ -92,6 +102,8 @@ def _measured(session: Session, spec: JobSpec, facts: ModelFacts | None) -> _Spe
     for data, row in session.exec(query):
         if (data.get("parameters"), data.get("trainable_parameters")) != shape or row.id in speeds:
             continue
+        if str(data.get("device", "")).casefold() != target.name.casefold():
+            continue
         speed = _tokens_per_second(session, row)
         if speed is not None:
             speeds[row.id] = speed
@@ -100,7 +112,7 @@ def _measured(session: Session, spec: JobSpec, facts: ModelFacts | None) -> _Spe
             break
     if not speeds:
         return None
-    runs = f"{len(speeds)} run{'s' * (len(speeds) > 1)} of a model of this shape"
+    runs = f"{len(speeds)} run{'s' * (len(speeds) > 1)} of a model of this shape on {target.name}"
     where = f", the newest on {worker}" if worker else ""
     return _Speed(statistics.median(speeds.values()), f"measured in {runs}{where}")
 
@@ -153,21 +165,28 @@ def _wait_seconds(
     ]
     if not able:
         return None, "No worker that is there can take it."
-    free_at = _free_at(session, able, now)
-    ahead = session.exec(
-        select(JobRow)
-        .where(JobRow.state == JobState.QUEUED, JobRow.want == "run", col(JobRow.priority) >= spec.priority)
-        .order_by(col(JobRow.priority).desc(), col(JobRow.queue_rank), col(JobRow.number))
-    ).all()
-    for job in ahead:
-        needs = min(job.gpus, len(free_at))
+    free_at = _free_at(session, able)
+    ahead = _ahead(session, spec, able, settings, now)
+    for gpus, seconds in ahead:
+        needs = min(gpus, len(free_at))
         begins = _take(free_at, needs)
-        for _ in range(needs):
-            free_at.append(begins + job.expected_gpu_seconds / max(1, job.gpus))
+        free_at += [begins + seconds] * needs
     waits = _take(free_at, min(spec.gpus, len(free_at)))
     if waits <= 0:
         return 0.0, None
     return round(waits, 1), f"{len(ahead)} queued and {_num_running(session)} running jobs go before it."
+
+
+def _ahead(
+    session: Session, spec: JobSpec, able: Sequence[Place], settings: Settings, now: datetime
+) -> list[tuple[int, float]]:
+    """(gpus, seconds) of the queued jobs that go before a new one on these workers."""
+    ready = scheduling.ready_jobs(session, settings, now, col(JobRow.priority) >= spec.priority)
+    jobs = [job for job in islice(ready, MOST_AHEAD) if any(job.suits(place) for place in able)]
+    query = select(JobRow.number, JobRow.expected_gpu_seconds)
+    numbers = [job.number for job in jobs]
+    expected = dict(session.exec(query.where(col(JobRow.number).in_(numbers))).all())
+    return [(job.gpus, expected.get(job.number, 0.0) / max(1, job.gpus)) for job in jobs]
 
 
 def _take(free_at: list[float], num: int) -> float:
@@ -177,7 +196,7 @@ def _take(free_at: list[float], num: int) -> float:
     return max(taken, default=0.0)
 
 
-def _free_at(session: Session, able: Sequence[Place], now: datetime) -> list[float]:
+def _free_at(session: Session, able: Sequence[Place]) -> list[float]:
     """Seconds until each slot of these workers is free."""
     found = [0.0 for place in able for _ in range(place.free)]
     names = {place.id for place in able}

@@ -36,6 +36,7 @@ QWEN_7B = {
     "has_template": True,
     "max_positions": 32768,
 }
+SHAPE = {"parameters": 7_615_616_512 + 40_370_176, "trainable_parameters": 40_370_176}
 STEPS = {
     "total_steps": 1000,
     "num_epochs": 2.5,
@@ -330,8 +331,7 @@ def test_what_is_hardly_meant_is_warned_of(
 
 def test_a_measured_run_of_the_same_shape_gives_the_speed(registered: Box) -> None:
     lease = registered.running()
-    shape = {"parameters": 7_615_616_512 + 40_370_176, "trainable_parameters": 40_370_176}
-    lease.event(0, "run", start_step=-1, total_steps=3, **shape)
+    lease.event(0, "run", start_step=-1, total_steps=3, device="NVIDIA H100 80GB HBM3", **SHAPE)
     lease.metrics(0, *((step, {"tokens_per_second": 2000.0 + step}) for step in (1, 2, 3)))
     lease.finish()
     ask(registered, learning_rate=1e-4)
@@ -415,3 +415,113 @@ def test_what_nobody_asks_for_is_forgotten(registered: Box) -> None:
     registered.register(installation_id=registered.server.installation_id)
 
     assert not ask(registered)["complete"]
+
+
+def test_a_run_on_another_device_is_no_measure(registered: Box) -> None:
+    lease = registered.running()
+    lease.event(0, "run", start_step=-1, total_steps=1, device="CPU", **SHAPE)
+    lease.metrics(0, (1, {"tokens_per_second": 3.0}))
+    lease.finish()
+    ask(registered)
+    counted(registered)
+
+    assert "by rule" in ask(registered)["time"]["basis"]
+
+
+def test_jobs_that_stand_in_nobodys_way_are_not_waited_for(registered: Box) -> None:
+    for _ in range(3):
+        registered.submit(requires={"worker": "nobody"})
+    first = registered.submit(requires={"worker": "nobody"})
+    registered.submit(after=[first])
+
+    assert ask(registered)["time"]["starts_in_seconds"] == 0
+
+
+def test_a_queue_of_centuries_has_no_date(registered: Box) -> None:
+    lease = registered.running(max_steps=10)
+    lease.event(0, "run", start_step=-1, total_steps=10)
+    for _ in range(5):
+        registered.submit(max_steps=10**9)
+    registered.server.settings.__dict__["fair_share"] = False
+
+    time = ask(registered, max_steps=10**9)["time"]
+
+    assert time["starts_in_seconds"] > 10**9
+    assert (time["starts_at"], time["finishes_at"]) == (None, None)
+
+
+def test_a_base_that_another_job_will_make_is_waited_for(registered: Box) -> None:
+    job_id = registered.submit()
+
+    plan = ask(registered, base_model=f"job:{job_id}", after=[job_id])
+
+    assert (plan["ok"], plan["complete"]) == (True, False)
+    assert "another job makes" in plan["incomplete"]
+    assert take(registered).status_code == 204
+
+
+def test_an_owner_may_ask_for_so_much_at_a_time(registered: Box) -> None:
+    user = registered.key("busy")
+    for seed in range(8):
+        ask(registered, client=user, seed=seed)
+    refused = user.post("/jobs/plan", params={"wait": 0}, json=registered.spec(seed=99))
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_plans")
+    assert refused.headers["retry-after"]
+    assert ask(registered)["incomplete"]
+    registered.clock.advance(601)  # nobody has asked for them again
+    registered.register(installation_id=registered.server.installation_id)
+    assert take(registered).status_code == 204
+    ask(registered, client=user, seed=99)
+
+
+def test_a_model_that_could_not_be_read_is_looked_for_again_soon(registered: Box) -> None:
+    problem = {
+        "severity": "error",
+        "field": "base_model",
+        "file": None,
+        "line": None,
+        "row_field": None,
+        "message": "the hub is away",
+        "remedy": None,
+    }
+    ask(registered)
+    task = take(registered).json()
+    say(registered, task, "finish", {"analysis": {"problems": [problem], "num_problems": 1}})
+
+    assert errors(ask(registered)) == ["base_model"]
+    registered.clock.advance(11)
+    ask(registered)
+    assert take(registered).status_code == 200
+
+
+def test_orderly_stops_of_workers_are_no_crashes(registered: Box) -> None:
+    ask(registered)
+    for _ in range(4):
+        task = take(registered).json()
+        say(registered, task, "finish", {"error": "stopping", "may_retry": True})
+
+    assert take(registered).status_code == 200
+
+
+def test_a_device_of_unknown_size_is_no_reason_to_refuse(registered: Box) -> None:
+    registered.register("w-cpu", device="cpu", installation_id=registered.server.installation_id)
+    fields = {"method": "full", "learning_rate": 1e-5}
+    ask(registered, **fields)
+    counted(registered)
+
+    plan = ask(registered, **fields)
+
+    assert [memory["fits"] for memory in plan["memory"]] == [False, None]
+    assert plan["ok"]
+
+
+def test_eight_bits_are_not_shared_out(registered: Box) -> None:
+    fields = {"method": "full", "learning_rate": 1e-5, "gpus": 8, "optimizer": "adamw_8bit"}
+    ask(registered, **fields)
+    counted(registered)
+
+    (memory,) = ask(registered, **fields)["memory"]
+
+    assert memory["parts"]["weights"] == 4 * 7_615_616_512
+    assert not any("gpus" in words for words in memory["advice"])

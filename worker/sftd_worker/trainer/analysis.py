@@ -5,6 +5,7 @@
 Tokens and masks come from the code of a run, and go to the cache where the run will find them.
 """
 
+import contextlib
 import math
 import os
 import traceback
@@ -63,6 +64,7 @@ _MOST_LINES = 100
 _MOST_EXAMPLES = 10
 _ROWS_SHOWN = 3
 _SHOWN_CHARS = 4_000  # of a rendered row
+_MOST_SEGMENTS = 100
 _TEXT_CHARS = 300  # of a duplicate
 _NUM_BINS = 20
 _STEPS_LAID_OUT = 2_000  # of a run; the others are like them
@@ -85,6 +87,8 @@ def analyse_and_end(folder: Path) -> NoReturn:
 def analyse(folder: Path) -> None:
     """Do what analysis.json in `folder` says, and write the answer beside it, whole or not at all."""
     os.nice(_NICE)
+    with contextlib.suppress(OSError):  # where memory runs out, this goes and not a run
+        Path("/proc/self/oom_score_adj").write_text("1000")
     torch.set_num_threads(1)
     job = AnalysisJob.model_validate_json((folder / ANALYSIS_FILE).read_text())
     try:
@@ -328,9 +332,7 @@ def _count(
 
 
 def _data_plan(part: _Counted, how: Tokenizing) -> DataPlan:
-    problems = part.looked.problems
-    learned_nothing = [problem.line for problem in problems if "nothing to learn" in problem.message]
-    masked = sorted({*learned_nothing, *(int(line) for line in part.lines[part.emptied])})
+    masked = sorted({*part.looked.masked, *(int(line) for line in part.lines[part.emptied])})
     own = twins.find_twins(twins.chosen(part.sketches, part.rows))
     lines = part.lines[part.rows]
     middle = np.argsort(part.lengths, kind="stable")
@@ -443,14 +445,14 @@ def _render(table: Dataset, index: int, length: int, tokenizer: Any) -> Rendered
         text = str(tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False))
         segments.append(Segment(text=text[:room], supervised=bool(supervised[start])))
         room -= len(text)
-        if room <= 0:
+        if room <= 0 or len(segments) == _MOST_SEGMENTS:
             break
     return RenderedRow(
         line=int(row["line"]),
         num_tokens=len(ids),
         num_supervised=int(supervised.sum()),
         segments=segments,
-        shortened=room < 0 or (room == 0 and len(segments) < len(ends) - 1),
+        shortened=room < 0 or len(segments) < len(ends) - 1,
     )
 
 
@@ -460,7 +462,7 @@ def _preview(job: AnalysisJob, how: Tokenizing) -> Analysis:
     looked = _look_over(file, job.training_path, how, Path(job.cache_dir))
     wanted = job.request.lines or []
     lines = column(looked.table, "line") if len(looked.table) else np.empty(0, np.int64)
-    place = {int(line): i for i, line in enumerate(lines) if int(line) in set(wanted)}
+    place = {int(lines[i]): int(i) for i in np.flatnonzero(np.isin(lines, wanted))}
     rows = [
         _render(looked.table, place[line], spec.max_seq_length, how.tokenizer)
         for line in wanted
@@ -484,7 +486,9 @@ def _steps(spec: JobSpec, training: _Counted, validation: _Counted | None) -> St
     )
     epochs = plan.epoch_at(plan.total_steps)
     steps = plan.steps_per_epoch
-    evaluations = {0, *range(spec.eval_steps, plan.total_steps, spec.eval_steps), plan.total_steps}
+    evaluations = 1 + math.ceil(
+        plan.total_steps / spec.eval_steps
+    )  # before the first step, and after the last
     return StepsPlan(
         total_steps=plan.total_steps,
         num_epochs=round(epochs, 4),
@@ -494,7 +498,7 @@ def _steps(spec: JobSpec, training: _Counted, validation: _Counted | None) -> St
         supervised_tokens_per_step=round(float(training.supervised.sum()) / steps, 1),
         total_tokens=round(float(training.lengths.sum()) * epochs),
         warmup_steps=warmup_steps(spec, plan.total_steps),
-        num_evaluations=0 if validation is None else len(evaluations),
+        num_evaluations=0 if validation is None else evaluations,
         num_checkpoints=math.ceil(plan.total_steps / spec.save_steps),
     )
 
@@ -536,6 +540,11 @@ def _layout(spec: JobSpec, training: _Counted) -> _Layout:
         for i in range(0, len(here), spec.batch_size):
             together = here[i : i + spec.batch_size]
             padded += len(together) * max(together)
+    if steps < plan.steps_per_epoch:  # what is largest may come later
+        longest = int(lengths.max())
+        whole_budget = budget if spec.packing else spec.batch_size * longest
+        largest = max(largest, longest, min(whole_budget, int(lengths.sum())))
+        most_supervised = max(most_supervised, int(supervised.max()))
     return _Layout(
         PackingPlan(
             enabled=spec.packing,

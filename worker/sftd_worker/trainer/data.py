@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from sftd_worker.trainer.template import CannotRender, Rendered, Template, Train
 
 _CACHE_VERSION = 4  # raise it when the same input would give other tokens or another mask
 _CHUNK_ROWS = 256
+NOTHING_TO_LEARN = "has nothing to learn from"
 _COLUMNS = Features(
     {
         "input_ids": Sequence(Value("int32")),
@@ -110,6 +111,7 @@ class LookedOver:
     table: Dataset
     cached: Path  # of the table; what belongs to it lies beside it
     formats: dict[str, int]  # rows by format
+    masked: list[int]  # lines of rows that have nothing to learn from
     problems: list[RowProblem]
     num_problems: int
 
@@ -123,7 +125,7 @@ def look_over(
     """
     cached = _in_cache(cache_dir, sha256, how)
     partial, told = cached.with_suffix(".partial.arrow"), cached.with_suffix(".problems.json")
-    if not cached.exists() and not told.exists():
+    if not cached.exists() and not (told.exists() and partial.exists()):
         if hash_file(path) != sha256:  # else a run would find tokens of another file under this one's name
             raise RunFailed(FailureReason.BAD_DATA, f"{name}: is not what was uploaded; check the disk")
         problems = _Problems(name, max_problems)
@@ -141,12 +143,15 @@ def look_over(
         table = Dataset.from_file(str(cached))
         first = Counter[str]()
         next(read_rows(path, name=name, formats=first))  # all are of its format
-        return LookedOver(table, cached, dict.fromkeys(first, len(table)), [], 0)
+        return LookedOver(table, cached, dict.fromkeys(first, len(table)), [], [], 0)
+    for path in (partial, told):
+        os.utime(path)
     kept = json.loads(told.read_text())
     return LookedOver(
         table=Dataset.from_file(str(partial)),
         cached=partial,
         formats=kept["formats"],
+        masked=kept["masked"],
         problems=[RowProblem(**problem) for problem in kept["found"]],
         num_problems=kept["num_problems"],
     )
@@ -237,15 +242,24 @@ class _Problems:
     found: list[RowProblem] = field(default_factory=list)
     num_problems: int = 0
     formats: Counter[str] = field(default_factory=Counter)
+    masked: list[int] = field(default_factory=list)
 
     def note(self, problem: RowProblem) -> None:
         self.num_problems += 1
+        if problem.message.startswith(NOTHING_TO_LEARN):
+            self.masked.append(problem.line)
         if len(self.found) < self.most:
             self.found.append(problem)
 
     def to_json(self) -> str:
-        found = [asdict(problem) for problem in self.found]
-        return json.dumps({"num_problems": self.num_problems, "formats": dict(self.formats), "found": found})
+        return json.dumps(
+            {
+                "num_problems": self.num_problems,
+                "formats": dict(self.formats),
+                "masked": self.masked,
+                "found": [asdict(problem) for problem in self.found],
+            }
+        )
 
     def as_error(self) -> RowsInvalid:
         return RowsInvalid(self.name, self.found, self.num_problems)
@@ -280,8 +294,9 @@ def _token_rows(
 ) -> Iterator[dict[str, Any]]:
     """The rows that can be learned from. With `wrong_too` false none comes after the first mistake."""
     try:
-        rows = read_rows(path, name=problems.name, max_problems=problems.most, formats=problems.formats)
-        while chunk := list(islice(rows, _CHUNK_ROWS)):
+        for chunk in _chunks(
+            read_rows(path, name=problems.name, max_problems=problems.most, formats=problems.formats)
+        ):
             alive()
             for made in _tokenize_chunk(chunk, how):
                 if isinstance(made, RowProblem):
@@ -293,6 +308,23 @@ def _token_rows(
             raise RunFailed(FailureReason.BAD_DATA, str(error)) from error
         problems.num_problems += error.num_problems
         problems.found = sorted([*problems.found, *error.problems], key=lambda p: p.line)[: problems.most]
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Some rows at a time. What `rows` raises at its end comes after the last of them."""
+    chunk: list[Row] = []
+    try:
+        for row in rows:
+            chunk.append(row)
+            if len(chunk) == _CHUNK_ROWS:
+                yield chunk
+                chunk = []
+    except RowsInvalid:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk
 
 
 def _tokenize_chunk(chunk: list[Row], how: Tokenizing) -> Iterator[dict[str, Any] | RowProblem]:
@@ -319,7 +351,7 @@ def _tokenize_chunk(chunk: list[Row], how: Tokenizing) -> Iterator[dict[str, Any
             yield RowProblem(
                 row.line,
                 "text" if row.text is not None else "messages",
-                "has nothing to learn from under this train_on; give it an answer or remove the row",
+                f"{NOTHING_TO_LEARN} under this train_on; give it an answer or remove the row",
             )
             continue
         yield {

@@ -48,6 +48,7 @@ from sftd_worker.trainer.memory import (
     Budget,
     checkpoint_bytes,
     estimate_bytes,
+    keep_gradients_together,
     release_memory,
     settle_host_memory,
 )
@@ -131,6 +132,8 @@ def train(job: TrainerJob, *, world: World, events: Events, signals: Signals) ->
     # ---- optimiser
     optimizer = make_optimizer(spec, model.net, world.device)
     parameters = model.trainable()
+    if model.shards is None:
+        keep_gradients_together(parameters)
 
     # ---- resume
     data_sha = data_sha_of(job, training_sha)
@@ -562,6 +565,7 @@ def _describe(
         "parameters": num_parameters,
         "parameters_held": num_parameters if model.shards is None else model.shards.num_held(),
         "sharding": str(sharding),
+        "device": _device_name(world),
         "precision": model.precision.name,
         "precision_reason": model.precision.reason,
         "packing": spec.packing and model.end_to_end,

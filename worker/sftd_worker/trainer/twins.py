@@ -1,10 +1,13 @@
 """Rows that say the same as an earlier one: exactly, by a hash of their tokens, or nearly, by MinHash (Broder 1997) over
 their token 5-grams, with locality-sensitive hashing to find the pairs.
 
-5-grams that most rows share (the template's, a system prompt's) say nothing about a row and are left out.
+5-grams of the context that nearly all rows share (the template's, a system prompt's) say nothing about a row and are left out.
 """
 
+import contextlib
 import hashlib
+import os
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ THRESHOLD = 0.8  # estimated Jaccard similarity from which two rows are near dup
 MOST_ROWS = 400_000  # beyond them near duplicates are not looked for: a sketch takes half a KiB
 _NUM_HASHES = 128  # the estimate is off by 0.035 at 0.8 (one standard deviation)
 _BANDS = 32  # a pair at the threshold is missed with probability 5e-8
-_COMMON_SHARE = 0.5  # of the rows of a sample
+_COMMON_SHARE = 0.95  # of the rows of a sample
 _SAMPLE_ROWS = 2_000
 _FEWEST_ROWS = 10  # of fewer rows it cannot be told what they share by their template
 _PIECE_ROWS = 4_096
@@ -44,16 +47,27 @@ class Twins:
 
 def sketch(table: Dataset, cached: Path) -> Sketches:
     """Sketches of all rows of a table, from the cache where they have been made before."""
-    if cached.exists():
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
+    ):  # cut short, perhaps
         with np.load(cached) as kept:
-            return Sketches(kept["exact"], kept.get("minhash"))
+            found = Sketches(kept["exact"], kept.get("minhash"))
+        if len(found.exact) == len(table):
+            os.utime(cached)  # in use
+            return found
     sketches = Sketches(_hashes(table), _minhash(table) if len(table) <= MOST_ROWS else None)
-    unfinished = cached.with_suffix(".unfinished.npz")
+    unfinished = cached.with_suffix(f".{os.getpid()}.tmp")
     arrays = {"exact": sketches.exact}
     if sketches.minhash is not None:
         arrays["minhash"] = sketches.minhash
-    np.savez(unfinished, **arrays)  # type: ignore[arg-type]  # its further keywords are bool
-    unfinished.rename(cached)
+    try:
+        with unfinished.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # its further keywords are bool
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(cached)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return sketches
 
 
@@ -121,9 +135,13 @@ def _hashes(table: Dataset) -> np.ndarray:
 def _minhash(table: Dataset) -> np.ndarray:
     common = _common(table)
     rows = []
-    for _, ids, offsets, _ in _pieces(table):
-        shingles, owners = _shingles(ids, offsets)
-        telling = ~np.isin(shingles, common) if len(common) else np.ones(len(shingles), bool)
+    for _, ids, offsets, supervised in _pieces(table):
+        shingles, owners, places = _shingles(ids, offsets)
+        telling = np.ones(len(shingles), bool)
+        if len(common):
+            # What is learned tells, however many rows learn it; where all of a row is learned, its template is no context.
+            some_context = ~np.logical_and.reduceat(supervised[1:], offsets[:-1].clip(max=len(ids) - 2))
+            telling = ~np.isin(shingles, common) | (supervised[places] & some_context[owners])
         # A row that holds nothing else is compared by all that it has.
         counts = np.bincount(owners[telling], minlength=len(offsets) - 1)
         kept = telling | (counts[owners] == 0)
@@ -148,8 +166,8 @@ def _common(table: Dataset) -> np.ndarray:
     return values[counts > _COMMON_SHARE * len(sample)]
 
 
-def _shingles(ids: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(hash, row) of each 5-gram of rows that lie end to end; a shorter row is one by itself."""
+def _shingles(ids: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(hash, row, place of its last token) of each 5-gram of rows that lie end to end; a shorter row is one by itself."""
     owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     place = np.arange(len(ids)) - np.asarray(offsets)[:-1][owner]
     length = np.diff(offsets)[owner]
@@ -160,7 +178,8 @@ def _shingles(ids: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndar
         hashes = (hashes ^ np.where(inside, ids[there] + 1, 0).astype(np.uint64)) * _MIX
         hashes ^= hashes >> np.uint64(29)
     begins = (place + SHINGLE_TOKENS <= length) | (place == 0)
-    return hashes[begins], owner[begins]
+    last = np.minimum(np.arange(len(ids)) + SHINGLE_TOKENS - 1, offsets[1:][owner] - 1)
+    return hashes[begins], owner[begins], last[begins]
 
 
 def _pieces(table: Dataset) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:

@@ -97,6 +97,7 @@ def upgrade() -> None:
     op.create_table(
         "analysis",
         sa.Column("id", sa.String(), nullable=False),
+        sa.Column("owner", sa.String(), nullable=False),
         sa.Column("request", sa.JSON(), nullable=False),
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("worker_id", sa.String(), nullable=True),
