@@ -48,6 +48,7 @@ SHAPES = {
     "30m": Shape(hidden=512, layers=6, heads=8, kv_heads=2, intermediate=1008, vocab=32_000),  # 29.6M
     "30m-151k": Shape(hidden=512, layers=6, heads=8, kv_heads=2, intermediate=1008, vocab=151_936),  # 91M
     "98m": Shape(hidden=768, layers=12, heads=12, kv_heads=4, intermediate=1968, vocab=32_000),  # 98M
+    "200m": Shape(hidden=1024, layers=16, heads=16, kv_heads=4, intermediate=2736, vocab=32_000),  # 209M
     "tiny": Shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=192, vocab=2_048),
     # For GPUs: Qwen2.5-1.5B and Llama-3-8B, with the names and biases of Qwen2.
     "1.5b": Shape(hidden=1536, layers=28, heads=12, kv_heads=2, intermediate=8960, vocab=151_936),

@@ -26,7 +26,8 @@ def test_the_examples_of_the_readme_run(
     if language == "bash":
         command = ["bash", "-euo", "pipefail", "-c", code]
     else:
-        command = [sys.executable, "-c", f"MODEL = {service.model!r}\n{code}"]
+        python = ROOT / ".venv-openai-3/bin/python" if name == "openai" else sys.executable
+        command = [str(python), "-c", f"MODEL = {service.model!r}\n{code}"]
 
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -42,12 +43,14 @@ def test_the_examples_of_the_readme_run(
         assert "| met |" in (tmp_path / "summary.md").read_text()
     if name == "curl":
         assert list(tmp_path.glob("job_*/adapter_model.safetensors"))
+    if name == "openai":
+        assert done.stdout.startswith("ft:")
     if name == "python":
         assert (tmp_path / "result" / "adapter_model.safetensors").exists()
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 225
     for link in re.findall(r"\]\(([^)#]+)", README):
         assert (ROOT / link).exists(), link
 

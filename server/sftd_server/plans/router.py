@@ -11,6 +11,7 @@ from sftd.protocol import TOKEN_HEADER, AnalysisClaim, AnalysisReport, AnalysisR
 from sftd.spec import JOB_REFERENCE, JobSpec
 from sftd_server.auth import Caller, caller_of
 from sftd_server.errors import Conflict, Invalid, Unavailable, error_responses
+from sftd_server.files import store
 from sftd_server.jobs import posting, submission
 from sftd_server.jobs.router import SPEC_BODY
 from sftd_server.jobs.submission import Look
@@ -59,6 +60,8 @@ async def plan(
     """
     named = _known(gpu or [])
     value = read_json(await request.body())
+    if not isinstance(value, dict):
+        raise Invalid("body: must be a JSON object, the job spec", code="invalid_spec", param="body")
     sources = posting.sources(server)
     look = await server.db.read(lambda session: submission.look(session, value, sources))
     counted = look.spec or _without_mistakes(value, look)
@@ -82,6 +85,7 @@ async def preview(
     wait: Wait = 20,
 ) -> RenderedRows:
     """Rows as the model will see them, through its chat template, with what carries the loss marked."""
+    await server.db.read(lambda session: store.file(session, file_id))  # a 404 where there is none
     value = {
         "base_model": base_model,
         "training_file": file_id,
@@ -117,10 +121,8 @@ def _known(named: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-def _without_mistakes(value: Any, look: Look) -> JobSpec | None:  # value: any JSON
+def _without_mistakes(value: dict[str, Any], look: Look) -> JobSpec | None:  # value: JSON
     """The spec without the fields that are wrong: the data can be counted all the same, and its mistakes told."""
-    if not isinstance(value, dict):
-        return None
     wrong = {mistake.field.partition(".")[0].partition("[")[0] for mistake in look.mistakes}
     fields = {name: field for name, field in value.items() if name not in wrong}
     try:

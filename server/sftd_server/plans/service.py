@@ -242,7 +242,7 @@ def _end(session: Session, asked: str, values: dict[str, object], now: datetime)
 
 
 def _not_held(asked: str) -> Conflict:
-    return Conflict(f"{asked} is not counted by this worker any more.", code="lease_lost")
+    return Conflict(f"{asked} is not counted by this worker any more.", code="stale_lease")
 
 
 def _hash(token: str) -> str:
