@@ -1,7 +1,7 @@
 """What a job needs: memory of a device by what it is for, and disk for checkpoints. Pure functions of spec, model and rows.
 
-The server tells a plan with it and the trainer its log. The terms are those of the trainer's own code (`model.py`, `loss.py`,
-`snapshot.py`); docs/decisions/0021 derives them, bench/memory.py measures them.
+The terms are those of the trainer's own code (`model.py`, `loss.py`, `snapshot.py`); docs/decisions/0022 tells them, bench/memory.py
+compares them with runs.
 """
 
 import math

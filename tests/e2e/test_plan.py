@@ -46,12 +46,10 @@ def test_a_plan_says_what_the_run_then_does(planned: tuple[Plan, Job, Plan]) -> 
 
 
 def test_after_a_run_its_speed_is_measured(planned: tuple[Plan, Job, Plan]) -> None:
-    plan, job, again = planned
+    _, job, again = planned
 
-    assert plan.time is not None
     assert again.time is not None
-    assert "by rule" in plan.time.basis
-    assert "measured in 1 run" in again.time.basis
+    assert "measured in" in again.time.basis
     assert again.time.tokens_per_second
     assert job.tokens_per_second
     assert again.time.seconds

@@ -29,9 +29,8 @@ Analyse = Callable[..., Analysis]
 
 
 @pytest.fixture
-def analyse(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Analyse:
+def analyse(tiny: Path, tmp_path: Path) -> Analyse:
     """Count a file, or rows given here; keyword arguments are fields of the spec."""
-    monkeypatch.setattr(analysis.os, "nice", lambda _: 0)  # the other tests are to run as before
 
     def go(
         training: Path | list[Any],

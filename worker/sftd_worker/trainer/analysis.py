@@ -6,6 +6,7 @@ Tokens and masks come from the code of a run, and go to the cache where the run 
 """
 
 import contextlib
+import gc
 import math
 import os
 import traceback
@@ -75,7 +76,7 @@ def analyse_and_end(folder: Path) -> NoReturn:
     """Count, and end this process with 0 unless that was not possible. Does not return."""
     code = 1
     try:
-        disable_progress_bar()
+        _give_way()
         analyse(folder)
         code = 0
     except BaseException:  # the process ends here
@@ -84,12 +85,19 @@ def analyse_and_end(folder: Path) -> NoReturn:
         end_process(code)
 
 
-def analyse(folder: Path) -> None:
-    """Do what analysis.json in `folder` says, and write the answer beside it, whole or not at all."""
+def _give_way() -> None:
+    """Settle this process, which does nothing else: runs go before it."""
+    disable_progress_bar()
     os.nice(_NICE)
     with contextlib.suppress(OSError):  # where memory runs out, this goes and not a run
         Path("/proc/self/oom_score_adj").write_text("1000")
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is no garbage
+    gc.set_threshold(100_000, 50, 50)
+
+
+def analyse(folder: Path) -> None:
+    """Do what analysis.json in `folder` says, and write the answer beside it, whole or not at all."""
     job = AnalysisJob.model_validate_json((folder / ANALYSIS_FILE).read_text())
     try:
         report = AnalysisReport(analysis=_analysis(job))
@@ -116,6 +124,11 @@ class _Counted:
     emptied: np.ndarray
     overlong: np.ndarray
     sketches: twins.Sketches  # of all rows of the table
+
+    @property
+    def chosen_sketches(self) -> twins.Sketches:
+        """Of the rows that are used."""
+        return twins.chosen(self.sketches, self.rows)
 
     @property
     def lines(self) -> np.ndarray:
@@ -150,14 +163,17 @@ def _analysis(job: AnalysisJob) -> Analysis:
         overlong = list(_overlong(spec, part))
         problems += overlong
         num_problems += len(part.overlong) if overlong else 0
+    own, across = _twins(training, validation)
     plan = _steps(spec, training, validation) if training is not None else None
     layout = _layout(spec, training) if training is not None else None
     return Analysis(
         problems=(found + problems)[:MAX_PLAN_PROBLEMS],
         num_problems=num_problems,
-        training=_data_plan(training, how) if training is not None else None,
-        validation=_data_plan(validation, how) if validation is not None else None,
-        overlap=_overlap(training, validation, how) if training and validation else None,
+        training=_data_plan(training, own, how) if training is not None and own is not None else None,
+        validation=None
+        if validation is None
+        else _data_plan(validation, twins.find_twins(validation.chosen_sketches), how),
+        overlap=_overlap(training, validation, across, how) if training and validation and across else None,
         packing=layout.plan if layout else None,
         steps=plan,
         model=facts,
@@ -331,9 +347,22 @@ def _count(
     )
 
 
-def _data_plan(part: _Counted, how: Tokenizing) -> DataPlan:
+def _twins(
+    training: _Counted | None, validation: _Counted | None
+) -> tuple[twins.Twins | None, twins.Twins | None]:
+    """(twins among the training rows, twins of all rows with the training rows first), found in one look."""
+    if training is None:
+        return None, None
+    if validation is None:
+        return twins.find_twins(training.chosen_sketches), None
+    both = twins.find_twins(twins.joined(training.chosen_sketches, validation.chosen_sketches))
+    end = len(training.rows)
+    near = None if both.near is None else both.near[:end]
+    return twins.Twins(both.exact[:end], near, both.similarity[:end]), both
+
+
+def _data_plan(part: _Counted, own: twins.Twins, how: Tokenizing) -> DataPlan:
     masked = sorted({*part.looked.masked, *(int(line) for line in part.lines[part.emptied])})
-    own = twins.find_twins(twins.chosen(part.sketches, part.rows))
     lines = part.lines[part.rows]
     middle = np.argsort(part.lengths, kind="stable")
     shown = dict.fromkeys([0, int(middle[len(middle) // 2]), int(middle[-1]), *range(_ROWS_SHOWN)])
@@ -380,12 +409,8 @@ def _duplicates(
     return Duplicates(count=len(repeats), examples=examples)
 
 
-def _overlap(training: _Counted, validation: _Counted, how: Tokenizing) -> Overlap:
+def _overlap(training: _Counted, validation: _Counted, found: twins.Twins, how: Tokenizing) -> Overlap:
     """Validation rows that stand among the training rows."""
-    both = twins.joined(
-        twins.chosen(training.sketches, training.rows), twins.chosen(validation.sketches, validation.rows)
-    )
-    found = twins.find_twins(both)
     num_training = len(training.rows)
 
     def across(first: np.ndarray, similarity: np.ndarray) -> Duplicates:
