@@ -118,7 +118,7 @@ def estimate(
         head=_head(spec, facts, batch, device, precision),
         other=0,
     )
-    return parts.model_copy(update={"other": _other(spec, parts, batch, device)})
+    return parts.model_copy(update={"other": _other(spec, facts, parts, batch, device, precision)})
 
 
 def is_sharded(spec: JobSpec) -> bool:
@@ -202,17 +202,45 @@ def _head(spec: JobSpec, facts: ModelFacts, batch: BatchFacts, device: Device, p
     return _logits(facts, batch, types) + states + copied
 
 
-# What the allocator holds beyond what lives: a share of it, and on a CPU the buffers of the math libraries (bench/memory.py).
-_CPU_SLACK, _CPU_BUFFERS = 0.15, 250 * 2**20
-_CUDA_SLACK, _CUDA_BUFFERS = 0.05, 96 * 2**20
+# What the C library and the math libraries hold on a CPU beyond what lives: bytes, and a share of what all layers keep of a
+# micro-batch, by method and gradient checkpointing. Fitted to runs of bench/memory.py.
+_MIB = 2**20
+_HELD: dict[tuple[str, bool], tuple[int, float]] = {
+    ("full", True): (300 * _MIB, 0.3),
+    ("full", False): (300 * _MIB, 0.5),
+    ("lora", True): (190 * _MIB, 0.15),
+    ("lora", False): (190 * _MIB, 0.8),
+    ("qlora", True): (140 * _MIB, 0.7),
+    ("qlora", False): (170 * _MIB, 0.9),
+}
+_CUDA_SLACK, _CUDA_BUFFERS = 0.05, 96 * _MIB  # a guess: not measured
 
 
-def _other(spec: JobSpec, parts: MemoryParts, batch: BatchFacts, device: Device) -> int:
-    """On a CPU the copy that checkpoints are written from lies in the same memory."""
+def _other(
+    spec: JobSpec,
+    facts: ModelFacts,
+    parts: MemoryParts,
+    batch: BatchFacts,
+    device: Device,
+    precision: Precision,
+) -> int:
+    """On a CPU the copy that checkpoints are written from lies in the same memory, and loading may take more than training."""
     living = parts.optimizer + parts.gradients + parts.activations + parts.head
     if device == "cuda":
         return math.ceil(_CUDA_SLACK * living) + _CUDA_BUFFERS
     copy = 0
     if batch.saves:
         copy = parts.optimizer + (parts.weights if spec.method == "full" else parts.adapter)
-    return copy + math.ceil(_CPU_SLACK * living) + _CPU_BUFFERS
+    held, share = _HELD[spec.method, spec.gradient_checkpointing]
+    kept = facts.num_layers * _kept_per_layer(facts, batch, _types(spec, precision))
+    training = living + parts.weights + parts.adapter
+    other = copy + held + math.ceil(share * kept)
+    return max(other, _loading(spec, facts, parts, precision) - training)
+
+
+def _loading(spec: JobSpec, facts: ModelFacts, parts: MemoryParts, precision: Precision) -> int:
+    """The file is mapped, and stands beside the weights that are made of it where they have another type."""
+    same = spec.method != "qlora" and facts.stored_bytes == (
+        4 if spec.method == "full" or precision == "fp32" else 2
+    )
+    return 0 if same else parts.weights + facts.stored_bytes * facts.parameters
