@@ -30,7 +30,9 @@ from sftd_server.tables import CheckpointRow, EventRow, FileRow, JobRow
 ADAPTERS = ("lora", "qlora")  # methods whose result stands on another model
 ENDED = "ended"  # the topic of jobs that are over
 KEY_LIFETIME = timedelta(hours=24)  # of an Idempotency-Key; then it may be used anew
-RETRY_LIFETIME = timedelta(minutes=10)  # within this a retry without a key is one of the same call
+# Within this a retry without a key is one of the same call. OpenAI's clients wait ten minutes for an answer and then try
+# again, twice, up to a minute later each: 22 minutes from the first try to the last. Some are told to wait or try for longer.
+RETRY_LIFETIME = timedelta(hours=1)
 _OF_RETRY = "\x1f"  # begins the key of a job whose retry came before its first try; no header can hold it
 _MADE_BY = re.compile(r"^jobs/(?P<job_id>[^/]+)/")
 CHECKPOINT_PATH = re.compile(r"^jobs/(?P<job_id>[^/]+)/checkpoints/(?P<name>[^/]+)$")
