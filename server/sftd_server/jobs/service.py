@@ -121,8 +121,9 @@ def find_submitted(
 def find_tried(session: Session, one: Try, *, owner: str, body_sha256: str, now: datetime) -> str | None:
     """The id of the job that another try of this call has made.
 
-    A retry's is the newest with its body. A first try has one only where its retry has overtaken it: one that was made
-    after this try had arrived. So the same body posted twice on purpose makes two jobs.
+    A retry's is the newest with its body that nobody has cancelled: who cancels a job and posts the same again wants another
+    one. A first try has one only where its retry has overtaken it: one that was made after this try had arrived. So the same
+    body posted twice on purpose makes two jobs.
     """
     query = (
         select(JobRow.id)
@@ -132,7 +133,9 @@ def find_tried(session: Session, one: Try, *, owner: str, body_sha256: str, now:
     )
     overtaken = col(JobRow.idempotency_key).startswith(_OF_RETRY, autoescape=True)
     if one.is_retry:
-        return session.exec(query.where(col(JobRow.idempotency_key).is_(None) | overtaken)).first()
+        alive = (JobRow.state != JobState.CANCELLED, JobRow.want != Want.CANCEL)
+        without_key = col(JobRow.idempotency_key).is_(None)
+        return session.exec(query.where(*alive, without_key | overtaken)).first()
     return session.exec(query.where(overtaken, col(JobRow.created_at) >= one.arrived_at)).first()
 
 

@@ -40,6 +40,20 @@ def test_retries_after_the_ten_minutes_that_openais_clients_wait_for_an_answer_b
     assert create(box, count=1) != first
 
 
+@pytest.mark.parametrize("state", ["cancelled", "running"])
+def test_a_retry_is_not_answered_with_a_job_that_was_cancelled_since(box, state: str) -> None:
+    dead = create(box, count=0)
+    if state == "running":
+        box.claim().start()
+    box.admin.post(f"{JOBS}/{dead}/cancel")
+    assert box.state(dead) == state
+
+    anew = create(box, count=1)  # the first try of this call got an error
+
+    assert anew != dead
+    assert create(box, count=2) == anew
+
+
 def test_the_same_body_posted_twice_on_purpose_makes_two_jobs(box) -> None:
     ids = [create(box, count=0), create(box, count=0), create(box), create(box)]
 
