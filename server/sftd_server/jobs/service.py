@@ -85,6 +85,7 @@ class Origin:
     clone_of: str | None = None
     seed_job: int | None = None
     seed_checkpoint: str | None = None
+    suffix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
         clone_of=origin.clone_of,
         seed_job=origin.seed_job,
         seed_checkpoint=origin.seed_checkpoint,
-        suffix=submission.suffix,
+        suffix=submission.suffix or origin.suffix,
         checking_files=checking_files,
     )
     row.expected_gpu_seconds = accounts.expected_gpu_seconds(session, spec, submission.inputs.training_file)
