@@ -13,7 +13,7 @@ from sftd_server.server import Server
 from sftd_server.tables import FileRow
 
 MAX_COUNTED_BYTES = 1024**3  # seconds to read
-PIECE_BYTES = 256 * 1024  # the interpreter's lock is held over each: about half a millisecond
+PIECE_BYTES = 256 * 1024  # the interpreter's lock is held over each, for half a millisecond
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\x0b\x0c"
 _MARKED = bytes(byte if byte == ord("\n") else ord("x") for byte in range(256))
