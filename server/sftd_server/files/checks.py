@@ -18,6 +18,7 @@ from sftd_server.files.rowcheck import Verdict, verdict_on
 SMALL_BYTES = 256 * 1024
 NUM_THREADS, NUM_PROCESSES = 4, 4
 NUM_PREVIEWS = 2  # a page may hold a row of many megabytes
+NUM_COUNTS = 2
 
 log = logging.getLogger("sftd.server")
 
@@ -34,6 +35,7 @@ class Checks:
         self._threads = asyncio.Semaphore(NUM_THREADS)
         self._processes = asyncio.Semaphore(NUM_PROCESSES)
         self.previews = asyncio.Semaphore(NUM_PREVIEWS)
+        self.counts = asyncio.Semaphore(NUM_COUNTS)
 
     def marks(self, sha256: str) -> Path:
         """Where the marks of a file's rows lie. What is in the cache may be deleted at any time."""

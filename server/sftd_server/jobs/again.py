@@ -50,6 +50,7 @@ def retried(
         retry_of=job_id,
         seed_job=seed.job if seed else None,
         seed_checkpoint=seed.name if seed else None,
+        suffix=row.suffix,
     )
     return spec, inputs, origin
 
@@ -60,7 +61,8 @@ def cloned(
     """A job with the same spec but for these fields, checked like a new one."""
     row = find_job(session, job_id)
     spec, inputs = _checked(session, row, overrides, sources)
-    return spec, inputs, Origin(f"A copy of {job_id}; waiting for a worker.", clone_of=job_id)
+    verb = f"A copy of {job_id}; waiting for a worker."
+    return spec, inputs, Origin(verb, clone_of=job_id, suffix=row.suffix)
 
 
 def _checked(

@@ -1,7 +1,7 @@
 """The way of a posted job from any surface to the queue: found again where the same call was made before, else checked
 and queued."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -30,13 +30,14 @@ def sources(server: Server) -> submission.Sources:
     return submission.Sources(server.folder, server.settings.model_roots, has_store=server.store is not None)
 
 
-async def post(server: Server, caller: Caller, call: Post, check: Callable[[Session], Checked]) -> str:
-    """Make a job of what was asked, once per idempotency key or call. Returns its id."""
+async def post(server: Server, caller: Caller, call: Post, check: Callable[[], Awaitable[Checked]]) -> str:
+    """Make a job of what was asked, once per idempotency key or call. Returns its id. What was made before is not checked
+    again."""
     now, body_sha256 = server.clock.now(), service.body_hash(call.asked)
     earlier = await server.db.read(lambda session: _find(session, caller, call, body_sha256, now))
     if earlier is not None:
         return earlier
-    spec, inputs, origin = await server.db.read(check)
+    spec, inputs, origin = await check()
     submitted = service.Submission(
         spec,
         inputs,

@@ -88,6 +88,7 @@ def remove_result(session: Session, job_id: str, caller: Caller, now: datetime) 
         )
     update_seen(session, row, {"result": null(), "result_deleted_at": now})
     add_event(session, row, Note("result_deleted", f"{caller.name} deleted the model that it made."), now)
+    audit.describe(session, target=job_id, owner=row.owner)
 
 
 def _result_needed_by(session: Session, row: JobRow) -> str | None:

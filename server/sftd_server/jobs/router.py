@@ -474,7 +474,9 @@ async def _submit(
     check: Callable[[Session], posting.Checked],
 ) -> Job:
     """Make a job of what was asked, once per idempotency key."""
-    return await _job(server, await posting.post(server, caller, posting.Post(asked, idempotency_key), check))
+    call = posting.Post(asked, idempotency_key)
+    job_id = await posting.post(server, caller, call, functools.partial(server.db.read, check))
+    return await _job(server, job_id)
 
 
 async def _fields(request: Request) -> dict[str, Any]:  # JSON: open by nature

@@ -30,7 +30,9 @@ from sftd_server.tables import CheckpointRow, EventRow, FileRow, JobRow
 ADAPTERS = ("lora", "qlora")  # methods whose result stands on another model
 ENDED = "ended"  # the topic of jobs that are over
 KEY_LIFETIME = timedelta(hours=24)  # of an Idempotency-Key; then it may be used anew
-RETRY_LIFETIME = timedelta(minutes=10)  # within this a retry without a key is one of the same call
+# Within this a retry without a key is one of the same call. OpenAI's clients wait ten minutes for an answer and then try
+# again, twice, up to a minute later each: 22 minutes from the first try to the last. Some are told to wait or try for longer.
+RETRY_LIFETIME = timedelta(hours=1)
 _OF_RETRY = "\x1f"  # begins the key of a job whose retry came before its first try; no header can hold it
 _MADE_BY = re.compile(r"^jobs/(?P<job_id>[^/]+)/")
 CHECKPOINT_PATH = re.compile(r"^jobs/(?P<job_id>[^/]+)/checkpoints/(?P<name>[^/]+)$")
@@ -83,6 +85,7 @@ class Origin:
     clone_of: str | None = None
     seed_job: int | None = None
     seed_checkpoint: str | None = None
+    suffix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,9 @@ def find_submitted(
 def find_tried(session: Session, one: Try, *, owner: str, body_sha256: str, now: datetime) -> str | None:
     """The id of the job that another try of this call has made.
 
-    A retry's is the newest with its body. A first try has one only where its retry has overtaken it: one that was made
-    after this try had arrived. So the same body posted twice on purpose makes two jobs.
+    A retry's is the newest with its body that nobody has cancelled: who cancels a job and posts the same again wants another
+    one. A first try has one only where its retry has overtaken it: one that was made after this try had arrived. So the same
+    body posted twice on purpose makes two jobs.
     """
     query = (
         select(JobRow.id)
@@ -130,7 +134,9 @@ def find_tried(session: Session, one: Try, *, owner: str, body_sha256: str, now:
     )
     overtaken = col(JobRow.idempotency_key).startswith(_OF_RETRY, autoescape=True)
     if one.is_retry:
-        return session.exec(query.where(col(JobRow.idempotency_key).is_(None) | overtaken)).first()
+        alive = (JobRow.state != JobState.CANCELLED, JobRow.want != Want.CANCEL)
+        without_key = col(JobRow.idempotency_key).is_(None)
+        return session.exec(query.where(*alive, without_key | overtaken)).first()
     return session.exec(query.where(overtaken, col(JobRow.created_at) >= one.arrived_at)).first()
 
 
@@ -188,7 +194,7 @@ def submit(session: Session, submission: Submission, now: datetime) -> str:
         clone_of=origin.clone_of,
         seed_job=origin.seed_job,
         seed_checkpoint=origin.seed_checkpoint,
-        suffix=submission.suffix,
+        suffix=submission.suffix or origin.suffix,
         checking_files=checking_files,
     )
     row.expected_gpu_seconds = accounts.expected_gpu_seconds(session, spec, submission.inputs.training_file)

@@ -1,21 +1,19 @@
 """OpenAI's fine-tuning jobs: `client.fine_tuning.jobs` of the openai package. Each route translates, and calls what the own
 surface calls."""
 
-import asyncio
 import functools
 import re
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
-from sqlmodel import Session, select
+from sqlmodel import Session
 
-from sftd.rows import RowsInvalid, read_rows
 from sftd.spec import JobSpec
 from sftd_server.auth import Caller, caller_of
 from sftd_server.errors import Invalid, error_responses
+from sftd_server.files import rowcount
 from sftd_server.jobs import posting, queries, service, submission
 from sftd_server.jobs.queries import JobFilter
 from sftd_server.jobs.router import IdempotencyKey, metadata_filters
@@ -25,7 +23,6 @@ from sftd_server.openai.lists import OpenAIList
 from sftd_server.openai.translation import MAX_SUFFIX, SPEC_FIELDS, needs_rows, translate
 from sftd_server.server import Server, server_of
 from sftd_server.strict_json import read_json
-from sftd_server.tables import FileRow
 
 ServerDep = Annotated[Server, Depends(server_of)]
 CallerDep = Annotated[Caller, Depends(caller_of)]
@@ -151,16 +148,17 @@ async def create(
     body = read_json(await request.body())
     if not isinstance(body, dict):
         raise Invalid("body: must be a JSON object, the job", code="invalid_spec", param="body")
-    num_rows = await _num_rows(server, body.get("training_file")) if needs_rows(body) else None
-    sources = posting.sources(server)
     suffix = body.get("suffix")
     call = posting.Post(
         body, idempotency_key, one_of_tries=one, suffix=suffix if isinstance(suffix, str) else None
     )
+
+    async def check() -> posting.Checked:
+        num_rows, sources = await _num_rows(server, body), posting.sources(server)
+        return await server.db.read(lambda session: _check(session, body, num_rows, sources))
+
     try:
-        job_id = await posting.post(
-            server, caller, call, lambda session: _check(session, body, num_rows, sources)
-        )
+        job_id = await posting.post(server, caller, call, check)
     except Invalid as error:
         raise _in_their_names(error) from None
     return await _job(server, job_id)
@@ -234,6 +232,14 @@ async def _steer(server: Server, act: Steering, job_id: str, caller: Caller) -> 
     return await _job(server, job_id)
 
 
+async def _num_rows(server: Server, body: dict[str, Any]) -> int | None:  # JSON as posted
+    """Rows of the training file, where they decide on anything."""
+    file_id = body.get("training_file")
+    if not isinstance(file_id, str) or not needs_rows(body):
+        return None
+    return await rowcount.num_rows(server, file_id)
+
+
 def _check(
     session: Session, body: dict[str, Any], num_rows: int | None, sources: submission.Sources
 ) -> posting.Checked:  # body: JSON as posted
@@ -258,25 +264,3 @@ def _in_their_names(error: Invalid) -> Invalid:
 
 def _is_retry(retry_count: str | None) -> bool:
     return retry_count is not None and re.fullmatch(r"0*[1-9][0-9]{0,6}", retry_count) is not None
-
-
-async def _num_rows(server: Server, file_id: Any) -> int | None:  # as posted
-    """Rows of a file; counted here where its check, which counts them, is not over yet."""
-    if not isinstance(file_id, str):
-        return None
-    query = select(FileRow.num_rows, FileRow.sha256).where(FileRow.id == file_id)
-    found = await server.db.read(lambda session: session.exec(query).first())
-    if found is None or found[0] is not None:
-        return found[0] if found else None
-    return await asyncio.to_thread(_count_rows, server.folder.path / server.folder.blob_name(found[1]))
-
-
-def _count_rows(path: FilePath) -> int | None:
-    try:
-        with path.open("rb") as file:
-            if not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                file.seek(0)
-                return sum(1 for line in file if not line.isspace())
-        return sum(1 for _ in read_rows(path, name="rows"))
-    except (OSError, RowsInvalid):
-        return None

@@ -60,10 +60,13 @@ class ResultFiles:
 
     async def run(self) -> None:
         """Look until cancelled. An error is logged and it goes on."""
-        await self._finish_deletions()
+        has_finished = False
         while not self._server.stopping:
             signal, wait = self._server.db.signal(ENDED), None
             try:
+                if not has_finished:
+                    await self._finish_deletions()
+                    has_finished = True
                 await self.make_missing()
             except DatabaseClosed:
                 return
@@ -155,11 +158,15 @@ class ResultFiles:
             await server.db.write(work, bulk=True)
 
     async def _finish_deletions(self) -> None:
-        """Put away the results of models that were deleted when a server died."""
+        """Put away the results of models that were deleted when a server died. What cannot be stays until the next start."""
         jobs = self._server.folder.path / "jobs"
         query = select(JobRow.id).where(col(JobRow.result_deleted_at).is_not(None))
         for job_id in await self._server.db.read(lambda session: list(session.exec(query))):
-            trash = await asyncio.to_thread(removal.put_result_away, jobs / job_id)
+            try:
+                trash = await asyncio.to_thread(removal.put_result_away, jobs / job_id)
+            except OSError as error:
+                log.warning("the deleted model of %s stays on disk: %s", job_id, error)
+                continue
             if trash is not None:
                 await asyncio.to_thread(removal.empty, trash)
 

@@ -154,6 +154,17 @@ def test_the_same_call_makes_one_job(box, assert_error, verb: str) -> None:
     assert_error(other, 422, "idempotency_key_reused")
 
 
+@pytest.mark.parametrize("verb", ["retry", "clone"])
+def test_the_model_of_a_retry_or_a_clone_keeps_the_suffix_of_its_name(box, verb: str) -> None:
+    body = {"model": "org/model", "training_file": box.upload(), "suffix": "tides"}
+    old = box.admin.post("/v1/fine_tuning/jobs", json=body).json()["id"]
+    box.admin.post(f"/jobs/{old}/cancel")
+
+    again = post(box, old, verb, {}).json()["id"]
+
+    assert box.admin.get(f"/v1/fine_tuning/jobs/{again}").json()["suffix"] == "tides"
+
+
 def test_a_clone_changes_what_it_is_told_to(box) -> None:
     old = box.submit(learning_rate=1e-3, metadata={"a": "b"}, lora={"rank": 4})
 

@@ -1,10 +1,14 @@
 """One job, seen through both surfaces; what is posted, refused and listed at /v1."""
 
+import os
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlmodel import update
 
+from sftd_server.files.rowcount import count_lines
 from sftd_server.tables import FileRow, JobRow
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -24,6 +28,19 @@ def post(box, **fields: Any):
 def mistakes(answer) -> dict[str, str]:
     assert answer.status_code == 400, answer.text
     return dict(line.split(": ", 1) for line in answer.json()["error"]["message"].split("\n"))
+
+
+def set_file(box, file_id: str, **values: Any) -> None:
+    change = update(FileRow).where(FileRow.id == file_id).values(**values)
+    box.run(box.server.db.write(lambda session: session.exec(change).rowcount))
+
+
+def hang_when_read(box, file_id: str) -> None:
+    """A pipe in place of the content, into which nobody writes."""
+    sha256 = box.admin.get(f"/files/{file_id}").json()["sha256"]
+    path = box.server.folder.path / box.server.folder.blob_name(sha256)
+    path.unlink()
+    os.mkfifo(path)
 
 
 def test_a_job_is_the_same_through_both_surfaces(box) -> None:
@@ -195,19 +212,55 @@ def test_a_job_whose_files_are_being_checked_says_so(box) -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "more", "epochs"),
     [
-        b'{"text": "a"}\n\n' * 40,
-        b" [" + b'{"text": "a"}, ' * 39 + b'{"text": "a"}]',
+        (b"\xef\xbb\xbf" + b'{"text": "a"}\n \r\n' * 9 + b'{"text": "a"}', {}, 10),
+        (b" [" + b'{"text": "a"}, ' * 9 + b'{"text": "a"}]', {}, 3),
+        (b'{"text": "a"}\n' * 10, {"bytes": 2**31}, 3),
     ],
-    ids=["lines", "array"],
+    ids=["lines", "array", "large"],
 )
-def test_rows_that_no_check_has_counted_yet_are_counted_for_auto(box, content: bytes) -> None:
+def test_rows_that_no_check_has_counted_yet_are_counted_for_auto_where_that_is_cheap(
+    box, content: bytes, more: dict[str, Any], epochs: int
+) -> None:
     file = box.upload(content)
-    unchecked = update(FileRow).where(FileRow.id == file).values(num_rows=None)
-    box.run(box.server.db.write(lambda session: session.exec(unchecked).rowcount))
+    set_file(box, file, num_rows=None, status="uploaded", **more)
 
-    assert posted(box, training_file=file)["hyperparameters"]["n_epochs"] == 3
+    assert posted(box, training_file=file)["hyperparameters"]["n_epochs"] == epochs
+
+
+def test_a_file_of_one_endless_line_is_counted_without_taking_its_size_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "zeros"
+    with path.open("wb") as file:
+        file.truncate(32 * 1024**2)
+
+    tracemalloc.start()
+    try:
+        assert count_lines(path) == 1
+        assert tracemalloc.get_traced_memory()[1] < 4 * 1024**2
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_can_not_be_trained_on_is_not_read_when_a_job_is_posted(box) -> None:
+    answer = box.admin.post("/v1/files", data={"purpose": "user_data"}, files={"file": ("f", b"x")})
+    other, wrong = answer.json()["id"], box.upload(b'{"text": "a"}')
+    set_file(box, wrong, num_rows=None, status="error", status_details="line 1: no")
+    hang_when_read(box, other)
+    hang_when_read(box, wrong)
+
+    assert "was uploaded for 'user_data'" in mistakes(post(box, training_file=other))["training_file"]
+    assert "can not be trained on" in post(box, training_file=wrong).text
+
+
+def test_a_call_that_made_its_job_before_reads_no_file_again(box) -> None:
+    file = box.upload()
+    body, once = {"model": "org/model", "training_file": file}, {"Idempotency-Key": "once"}
+    first = box.admin.post(JOBS, json=body, headers=once).json()["id"]
+    set_file(box, file, num_rows=None, status="uploaded")
+    hang_when_read(box, file)
+
+    assert box.admin.post(JOBS, json=body, headers=once).json()["id"] == first
 
 
 def test_a_failure_says_what_went_wrong_and_who_can_mend_it(box) -> None:

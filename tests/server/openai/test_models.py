@@ -67,6 +67,16 @@ def test_a_deleted_model_is_gone_and_its_job_stays(box, assert_error) -> None:
     assert "has been deleted" in assert_error(answer, 422, "invalid_spec")["message"]
 
 
+def test_the_audit_log_finds_the_deletion_of_a_model_by_its_job(box) -> None:
+    job_id, name = made(box, client=box.key("ci"), suffix="tides")
+
+    box.admin.delete(f"{MODELS}/{name}")
+
+    entry = box.admin.get("/audit", params={"target": job_id}).json()["data"][0]
+    assert entry["action"] == "model.delete"
+    assert entry["details"] == {"model": name, "owner": "ci"}
+
+
 def test_only_its_owner_and_admins_may_delete_a_model(box, assert_error) -> None:
     owner = box.key("ann")
     _, name = made(box, owner)

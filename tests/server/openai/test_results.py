@@ -1,10 +1,10 @@
 """The result file: what it holds, that there is one, and that it goes with its job."""
 
 import pytest
-from sqlmodel import delete
+from sqlmodel import delete, update
 
 from sftd_server.openai.results import ResultFiles
-from sftd_server.tables import FileRow
+from sftd_server.tables import FileRow, JobRow
 
 JOBS = "/v1/fine_tuning/jobs"
 
@@ -85,3 +85,23 @@ def test_it_goes_with_its_job_and_does_not_come_back_when_its_owner_deletes_it(b
 
     assert box.admin.get(f"/files/{file_id}").status_code == 404
     assert len(result_files(box, kept)) == 1
+
+
+def test_result_files_are_made_though_a_deleted_model_can_not_be_put_away_at_the_start(make_box) -> None:
+    box = make_box()
+    broken, *others = ended(box), ended(box), ended(box)
+    make(box)
+    deleted = update(JobRow).where(JobRow.id == broken).values(result_deleted_at=box.clock.now())
+    lost = delete(FileRow).where(FileRow.purpose == "fine-tune-results")
+    box.run(
+        box.server.db.write(lambda session: (session.exec(deleted).rowcount, session.exec(lost).rowcount))
+    )
+    (box.server.folder.path / "jobs" / broken).write_bytes(b"")  # no folder: nothing in it can be renamed
+    box.stop()
+
+    again = make_box()
+
+    for _ in range(500):
+        if all(result_files(again, job_id) for job_id in others):
+            return
+    raise AssertionError("they are missing")

@@ -26,8 +26,32 @@ def test_a_retry_of_the_same_call_brings_the_same_job(box) -> None:
     assert create(box, count=1) == create(box, count=2) == first
     assert create(box, count=1, suffix="other") != first
     assert create(box, count=1, client=box.key("ci")) != first
-    box.clock.advance(601)
+
+
+def test_retries_after_the_ten_minutes_that_openais_clients_wait_for_an_answer_bring_the_same_job(
+    box,
+) -> None:
+    first = create(box, count=0)
+
+    for count in (1, 2):
+        box.clock.advance(600 + 60)  # an answer that never came, and the longest pause
+        assert create(box, count=count) == first
+    box.clock.advance(3600 - 2 * 660)
     assert create(box, count=1) != first
+
+
+@pytest.mark.parametrize("state", ["cancelled", "running"])
+def test_a_retry_is_not_answered_with_a_job_that_was_cancelled_since(box, state: str) -> None:
+    dead = create(box, count=0)
+    if state == "running":
+        box.claim().start()
+    box.admin.post(f"{JOBS}/{dead}/cancel")
+    assert box.state(dead) == state
+
+    anew = create(box, count=1)  # the first try of this call got an error
+
+    assert anew != dead
+    assert create(box, count=2) == anew
 
 
 def test_the_same_body_posted_twice_on_purpose_makes_two_jobs(box) -> None:
