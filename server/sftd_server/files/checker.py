@@ -64,12 +64,15 @@ class Checker:
             await asyncio.gather(*self._started.values(), return_exceptions=True)
 
     async def look(self) -> None:
-        """Begin the checks that nobody is at, as far as is known here."""
+        """Begin the checks that nobody is at, as far as is known here. No job shall wait for one that is over."""
         for sha256, num_bytes in await self._server.db.read(unchecked):
             if sha256 not in self._started and len(self._started) < MAX_STARTED:
                 task = asyncio.create_task(self._check(sha256, num_bytes))
                 self._started[sha256] = task
                 task.add_done_callback(functools.partial(self._ended, sha256))
+        if await self._server.db.read(any_left_behind):
+            work = functools.partial(settle_left_behind, now=self._server.clock.now())
+            await self._server.db.write(work)
 
     def _ended(self, sha256: str, task: asyncio.Task[None]) -> None:
         self._started.pop(sha256, None)
@@ -132,15 +135,34 @@ def settle(session: Session, sha256: str, verdict: Verdict, now: datetime) -> No
         col(FileRow.sha256) == sha256, col(FileRow.status) == "uploaded", col(FileRow.purpose).in_(CHECKED)
     )
     query = select(FileRow.id).where(here).order_by(col(FileRow.number))
-    ids = set(session.exec(query.with_for_update()))
-    session.exec(update(FileRow).where(here).values(**store.columns_of(verdict)))
-    for job in session.exec(_waiting_jobs().with_for_update()):
-        files = JobInputs.model_validate(job.inputs).files.values()
-        if ids & {file.file_id for file in files}:
+    session.exec(query.with_for_update()).all()
+    # Of these alone the ids: a file that is committed after the look above is found here as well.
+    written = update(FileRow).where(here).values(**store.columns_of(verdict)).returning(col(FileRow.id))
+    ids = set(session.exec(written).scalars())
+    for job in session.exec(_waiting_jobs(JobState.QUEUED, JobState.PAUSED).with_for_update()):
+        if ids & _files_of(job):
             service.settle_files(session, job, now)
 
 
-def _waiting_jobs() -> SelectOfScalar[JobRow]:
-    states = [JobState.QUEUED, JobState.PAUSED]
+def any_left_behind(session: Session) -> bool:
+    """Whether a queued job waits for a check that is over. A paused one looks for itself when it is resumed."""
+    waiting = {job.id: _files_of(job) for job in session.exec(_waiting_jobs(JobState.QUEUED))}
+    if not waiting:
+        return False
+    being_checked = set(session.exec(select(FileRow.id).where(FileRow.status == "uploaded")))
+    return any(being_checked.isdisjoint(files) for files in waiting.values())
+
+
+def settle_left_behind(session: Session, now: datetime) -> None:
+    """Let the queued jobs go on, or fail, whose files have been checked."""
+    for job in session.exec(_waiting_jobs(JobState.QUEUED).with_for_update()):
+        service.settle_files(session, job, now)
+
+
+def _waiting_jobs(*states: JobState) -> SelectOfScalar[JobRow]:
     query = select(JobRow).where(col(JobRow.checking_files).is_(True), col(JobRow.state).in_(states))
     return query.order_by(col(JobRow.number))
+
+
+def _files_of(job: JobRow) -> set[str]:
+    return {file.file_id for file in JobInputs.model_validate(job.inputs).files.values()}

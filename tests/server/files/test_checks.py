@@ -11,9 +11,10 @@ from typing import Any
 
 import psutil
 import pytest
-from sqlmodel import Session, select
+from sqlmodel import Session, col, select, update
 
 from sftd_server.disk import try_lock
+from sftd_server.engines import make_engine
 from sftd_server.files import checker, store
 from sftd_server.files import checks as checks_module
 from sftd_server.files.checks import CheckFailed, Checks
@@ -160,6 +161,44 @@ def test_a_job_waits_until_its_file_has_been_checked(held) -> None:
     checked(held, file_id)
     assert "checked" not in held.job(job_id)["why_waiting"]
     assert held.claim().job_id == job_id
+
+
+def test_a_job_whose_file_comes_while_a_check_is_written_down_waits_no_longer(held) -> None:
+    """Its file is committed after the look at what is to be written, and before that is written."""
+    if not held.server.db.shared:
+        pytest.skip("only where several servers write at once")
+    post(held, GOOD)
+    jobs: list[str] = []
+
+    class Overtaken(Session):
+        def exec(self, statement: Any, **more: Any) -> Any:
+            found = super().exec(statement, **more)
+            if not jobs:
+                jobs.append(held.submit(training_file=post(held, GOOD)["id"]))
+            return found
+
+    with Overtaken(make_engine(held.server.settings.database_url)) as session:  # as of another server
+        checker.settle(session, sha(GOOD), Verdict("prompt_completion", 1, None), held.clock.now())
+        session.commit()
+
+    assert held.claim().job_id == jobs[0]
+
+
+@pytest.mark.parametrize(("content", "state"), [(GOOD, "queued"), (BAD, "failed")])
+def test_a_job_that_waits_for_a_check_that_is_over_goes_on_by_itself(
+    box, monkeypatch, content: bytes, state: str
+) -> None:
+    monkeypatch.setattr(checker, "LOOK_SECONDS", 0.02)
+    box.spec()
+    file_id = post(hold(box), content)["id"]
+    job_id = box.submit(training_file=file_id)
+    forgotten = update(FileRow).where(col(FileRow.id) == file_id)
+    forgotten = forgotten.values(**store.columns_of(Verdict(None, 1, None if content == GOOD else "line 2")))
+
+    box.run(box.server.db.write(lambda session: session.exec(forgotten).rowcount))
+
+    until(lambda: "checked" not in (box.job(job_id)["why_waiting"] or ""))
+    assert box.state(job_id) == state
 
 
 def test_a_worker_that_waits_for_work_is_woken_by_the_end_of_a_check(held) -> None:
