@@ -216,6 +216,30 @@ def test_sizes_are_bounded(make_box, monkeypatch) -> None:
     assert list(box.server.folder.tmp.iterdir()) == []
 
 
+def test_the_number_of_parts_is_bounded_by_what_was_announced(box, monkeypatch) -> None:
+    monkeypatch.setattr(parts, "SPARE_PARTS", 2)
+    monkeypatch.setattr(parts, "MIN_BYTES", 100)
+    upload_id = begun(box.admin, 100)
+    for _ in range(3):
+        sent(box.admin, upload_id, b"x")
+
+    error = refused(send(box.admin, upload_id, b"x"), 413, "too_large")
+
+    assert "at most 3 parts" in error["message"]
+    assert len(on_disk(box)) == 1 + 3
+
+
+def test_a_part_is_taken_without_looking_at_all_that_came_before(box, monkeypatch) -> None:
+    """The one writer would stand still for it."""
+    upload_id = begun(box.admin)
+    first = sent(box.admin, upload_id, ROWS[:100])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "_look", None)
+        last = sent(box.admin, upload_id, ROWS[100:])
+
+    assert finish(box.admin, upload_id, [first, last]).json()["status"] == "completed"
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
