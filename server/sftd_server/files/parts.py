@@ -155,6 +155,8 @@ async def complete(
         _require_open(upload, now)
         parts = _in_order(upload, part_ids)
         server.disk.require_room(upload.bytes)
+        # What is being put together does not expire under it.
+        await server.db.write(lambda session: _keep_open(session, upload_id, server.clock.now()))
         whole = await server.uploads.in_thread(_put_together, server, upload, parts, md5)
         try:
             await asyncio.to_thread(store.require_takeable, whole)
@@ -331,6 +333,14 @@ def _close(session: Session, upload_id: str, status: str, file_id: str | None) -
     if session.exec(statement.values(status=status, file_id=file_id)).rowcount != 1:
         raise Conflict(f"{upload_id} has just been closed by another call.", code="upload_closed")
     session.exec(delete(UploadPartRow).where(col(UploadPartRow.upload) == upload_id))
+
+
+def _keep_open(session: Session, upload_id: str, now: datetime) -> None:
+    """For as long again as a new one."""
+    is_open = (col(UploadRow.status) == "pending", col(UploadRow.expires_at) > now)
+    longer = update(UploadRow).where(col(UploadRow.id) == upload_id, *is_open)
+    if session.exec(longer.values(expires_at=now + LIFETIME)).rowcount != 1:
+        _require_open(_row(session, upload_id), now)
 
 
 def _expire(session: Session, now: datetime) -> None:

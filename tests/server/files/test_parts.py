@@ -137,6 +137,22 @@ def test_an_upload_expires_after_an_hour_and_is_swept(box) -> None:
     refused(box.admin.get(f"/v1/uploads/{upload_id}"), 404, "unknown_upload")
 
 
+def test_an_upload_does_not_expire_while_it_is_put_together(box, monkeypatch) -> None:
+    upload_id = begun(box.admin)
+    part = sent(box.admin, upload_id, ROWS)
+    box.clock.advance(HOUR - 60)
+    really = parts._put_together
+
+    def slowly(*arguments):
+        box.clock.advance(60)
+        assert swept(box) == []
+        return really(*arguments)
+
+    monkeypatch.setattr(parts, "_put_together", slowly)
+
+    assert finish(box.admin, upload_id, [part]).json()["status"] == "completed"
+
+
 def test_a_cancelled_upload_takes_nothing_any_more(box) -> None:
     upload_id = begun(box.admin)
     part = sent(box.admin, upload_id, ROWS)
