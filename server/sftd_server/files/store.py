@@ -61,7 +61,7 @@ async def keep(server: Server, upload: Upload, caller: Caller) -> File:
     if upload.purpose in CHECKED:
         verdict = await _verdict(server, upload)
         if verdict.problems:
-            await _drop_marks(server, upload.sha256)
+            await drop_unused_marks(server, upload.sha256)
             raise Invalid(verdict.problems_of(upload.filename), code="invalid_file", param="file")
     return await take_in(server, upload, caller.name, verdict)
 
@@ -241,6 +241,12 @@ def files(
     return Page[File](data=data, has_more=more, next_after=data[-1].id if more else None)
 
 
+async def drop_unused_marks(server: Server, sha256: str) -> None:
+    """Delete the marks of content that no file has: where one comes just now, they are made anew when they are needed."""
+    if not await server.db.read(lambda session: _num_files_of(session, sha256)):
+        await asyncio.to_thread(server.checks.marks(sha256).unlink, missing_ok=True)
+
+
 async def content(server: Server, file_id: str) -> Response:
     """A file as it was uploaded."""
     found = await server.db.read(lambda session: file(session, file_id))
@@ -285,14 +291,8 @@ async def _remove(server: Server, work: Callable[[Session], str | None]) -> bool
         if gone and not await server.db.read(lambda session: _num_files_of(session, gone)):
             path = server.folder.path / server.folder.blob_name(gone)
             await asyncio.to_thread(path.unlink, missing_ok=True)
-            await _drop_marks(server, gone)
+            await drop_unused_marks(server, gone)
     return gone is not None
-
-
-async def _drop_marks(server: Server, sha256: str) -> None:
-    """Of content that no file has: where one comes just now, they are made anew when they are needed."""
-    if not await server.db.read(lambda session: _num_files_of(session, sha256)):
-        await asyncio.to_thread(server.checks.marks(sha256).unlink, missing_ok=True)
 
 
 def _delete(session: Session, row: FileRow, now: datetime) -> str:

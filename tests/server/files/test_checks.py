@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import http.client
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -382,6 +383,58 @@ def test_a_check_that_dies_is_tried_again_and_at_last_said(box, monkeypatch) -> 
     assert (unavailable.status_code, unavailable.json()["error"]["code"]) == (503, "check_failed")
     box.server.checks.verdict = verdict
     assert checked(box, post(box, GOOD)["id"])["status"] == "processed"  # not the file's fault
+
+
+def test_a_file_that_is_deleted_when_its_check_begins_leaves_no_empty_content(box, monkeypatch) -> None:
+    seen, deleted, done = threading.Event(), threading.Event(), threading.Event()
+
+    def late(path: Path, **how: Any) -> int | None:
+        seen.set()
+        assert deleted.wait(10)
+        try:
+            return try_lock(path, **how)
+        finally:
+            done.set()
+
+    monkeypatch.setattr(checker, "try_lock", late)
+    file_id = post(box, GOOD)["id"]
+    assert seen.wait(10)
+    assert box.admin.delete(f"/files/{file_id}").status_code == 204
+    deleted.set()
+    assert done.wait(10)
+
+    assert [path for path in (box.server.folder.path / "blobs").rglob("*") if path.is_file()] == []
+    assert checked(box, post(box, GOOD)["id"])["status"] == "processed"
+
+
+def test_a_check_of_a_file_that_is_deleted_meanwhile_says_nothing_of_one_that_comes_later(held) -> None:
+    """And leaves no marks behind."""
+    marks = held.server.checks.marks(sha(GOOD))
+    first = post(held, GOOD)["id"]
+    until(lambda: held.begun)
+    held.admin.delete(f"/files/{first}")
+    marks.write_bytes(b"x" * 16)  # as the check's process does
+    held.let_go()
+    until(lambda: not marks.exists())
+
+    for _ in range(2):
+        assert checked(held, post(held, GOOD)["id"])["status"] == "processed"
+
+
+def test_checks_that_wait_for_their_turn_hold_no_file_open(held, monkeypatch) -> None:
+    opened: list[Path] = []
+
+    def noted(path: Path, **how: Any) -> int | None:
+        opened.append(path)
+        return try_lock(path, **how)
+
+    monkeypatch.setattr(checker, "try_lock", noted)
+    ids = [post(held, b'{"text": "%d"}' % number)["id"] for number in range(6)]
+    until(lambda: len(held.begun) == 4)
+    assert len(opened) == 4
+    held.let_go()
+
+    assert {checked(held, file_id)["status"] for file_id in ids} == {"processed"}
 
 
 def test_a_file_whose_content_is_gone_is_not_waited_for(held) -> None:
