@@ -113,7 +113,7 @@ class Checker:
 
     async def _found(self, blob: Path, sha256: str, num_bytes: int) -> Verdict | None:
         """What is to be said of a content; None where it was deleted meanwhile."""
-        known = await self._server.db.read(functools.partial(store.known_verdict, sha256=sha256))
+        known = self._server.checks.known(sha256)
         if known is not None:
             return known
         try:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 from sftd.tether import tethered
@@ -18,6 +19,7 @@ from sftd_server.files.rowcheck import Verdict, verdict_on
 SMALL_BYTES = 256 * 1024
 NUM_THREADS, NUM_PROCESSES = 4, 4
 NUM_PREVIEWS = 2  # a page may hold a row of many megabytes
+MAX_KNOWN = 256  # verdicts that are remembered, of some KB at most
 
 log = logging.getLogger("sftd.server")
 
@@ -27,12 +29,17 @@ class CheckFailed(Exception):
 
 
 class Checks:
-    """The checks of one server."""
+    """The checks of one server.
+
+    What it has found is remembered for later uploads of the same content. Not beyond its end: what an older release has
+    found wrong, another may read.
+    """
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
         self._threads = asyncio.Semaphore(NUM_THREADS)
         self._processes = asyncio.Semaphore(NUM_PROCESSES)
+        self._known: OrderedDict[str, Verdict] = OrderedDict()  # by hash
         self.previews = asyncio.Semaphore(NUM_PREVIEWS)
 
     def marks(self, sha256: str) -> Path:
@@ -43,9 +50,19 @@ class Checks:
         """What is to be said of a file's rows. Raises CheckFailed, OSError."""
         if num_bytes <= SMALL_BYTES:
             async with self._threads:
-                return await asyncio.to_thread(verdict_on, path)
-        async with self._processes:
-            return await self._in_process(path, self.marks(sha256))
+                found = await asyncio.to_thread(verdict_on, path)
+        else:
+            async with self._processes:
+                found = await self._in_process(path, self.marks(sha256))
+        self._known[sha256] = found
+        self._known.move_to_end(sha256)
+        if len(self._known) > MAX_KNOWN:
+            self._known.popitem(last=False)
+        return found
+
+    def known(self, sha256: str) -> Verdict | None:
+        """What has been found before, if that is remembered."""
+        return self._known.get(sha256)
 
     async def _in_process(self, path: Path, marks: Path) -> Verdict:
         command = [sys.executable, "-m", "sftd_server.files.rowcheck", str(path), str(marks)]

@@ -126,6 +126,27 @@ def test_the_same_content_is_checked_once_and_stored_once(held) -> None:
     assert blobs.count(sha(BAD)) == 1
 
 
+def test_what_another_release_has_found_wrong_is_looked_at_anew(held) -> None:
+    first = post(held, GOOD)["id"]
+    old = Verdict(None, None, "line 1, row: is more than this release reads"), held.clock.now()
+    held.run(held.server.db.write(lambda session: checker.settle(session, sha(GOOD), *old)))
+    held.let_go()
+    assert checked(held, first)["status"] == "error"
+
+    assert checked(held, post(held, GOOD)["id"])["status"] == "processed"
+
+
+def test_few_verdicts_are_remembered(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checks_module, "MAX_KNOWN", 2)
+    path, own = tmp_path / "rows", Checks(tmp_path)
+    path.write_bytes(GOOD)
+
+    for name in "abac":
+        asyncio.run(own.verdict(path, num_bytes=1, sha256=name))
+
+    assert [bool(own.known(name)) for name in "abc"] == [True, False, True]
+
+
 def test_files_for_other_purposes_are_kept_as_they_are_and_train_nothing(box, assert_error) -> None:
     made = post(box, b"PK\x03\x04 no rows", purpose="assistants")
     assert (made["status"], made["purpose"], made["num_rows"]) == ("processed", "assistants", None)
