@@ -7,6 +7,7 @@ the server's. `checker` decides which files are checked when.
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import sys
@@ -18,6 +19,7 @@ from sftd_server.files.rowcheck import Verdict, verdict_on
 
 SMALL_BYTES = 256 * 1024
 NUM_THREADS, NUM_PROCESSES = 4, 4
+NUM_REMAKES = 1  # of marks; checks that jobs wait for have turns of their own
 NUM_PREVIEWS = 2  # a page may hold a row of many megabytes
 MAX_KNOWN = 256  # verdicts that are remembered, of some KB at most
 
@@ -39,6 +41,8 @@ class Checks:
         self._cache = cache
         self._threads = asyncio.Semaphore(NUM_THREADS)
         self._processes = asyncio.Semaphore(NUM_PROCESSES)
+        self._remakes = asyncio.Semaphore(NUM_REMAKES)
+        self._remaking: dict[str, asyncio.Task[None]] = {}  # by hash
         self._known: OrderedDict[str, Verdict] = OrderedDict()  # by hash
         self.previews = asyncio.Semaphore(NUM_PREVIEWS)
 
@@ -63,6 +67,23 @@ class Checks:
     def known(self, sha256: str) -> Verdict | None:
         """What has been found before, if that is remembered."""
         return self._known.get(sha256)
+
+    async def remake_marks(self, path: Path, *, sha256: str) -> None:
+        """Make marks that are gone: once for all who ask meanwhile. Raises CheckFailed."""
+        task = self._remaking.get(sha256)
+        if task is None:
+            task = self._remaking[sha256] = asyncio.create_task(self._remake(path, sha256))
+            task.add_done_callback(functools.partial(self._remade, sha256))
+        await asyncio.shield(task)  # whoever asked first may leave
+
+    async def _remake(self, path: Path, sha256: str) -> None:
+        async with self._remakes:
+            await self._in_process(path, self.marks(sha256))
+
+    def _remade(self, sha256: str, task: asyncio.Task[None]) -> None:
+        del self._remaking[sha256]
+        if not task.cancelled():
+            task.exception()  # told to those who still wait, if any
 
     async def _in_process(self, path: Path, marks: Path) -> Verdict:
         command = [sys.executable, "-m", "sftd_server.files.rowcheck", str(path), str(marks)]
