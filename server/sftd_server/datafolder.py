@@ -170,7 +170,9 @@ class FolderLock:
         self._shared = shared
         self._here = asyncio.Lock()
         self._handle = -1
-        self._streak_began = self._released = float("-inf")  # of this process's holding it, one task after another
+        self._streak_began = self._released = float(
+            "-inf"
+        )  # of this process's holding it, one task after another
 
     async def __aenter__(self) -> None:
         await self._here.acquire()

@@ -33,6 +33,7 @@ from sftd_server.tables import FileRow, UploadPartRow, UploadRow
 
 LIFETIME = timedelta(hours=1)
 REMEMBERED = timedelta(days=30)  # a closed upload: whoever completes it again gets the same file
+MAX_CLOSED = 1000  # of one owner that are remembered
 MAX_OPEN = 32  # of one owner
 MAX_OPEN_FILES = 8  # the bytes that they announce together, in files of the largest size
 MAX_PARTS = 10_000
@@ -349,6 +350,12 @@ def _expire(session: Session, now: datetime) -> None:
         _close(session, upload_id, "expired", None)
     old = (col(UploadRow.status) != "pending", col(UploadRow.expires_at) <= now - REMEMBERED)
     session.exec(delete(UploadRow).where(*old))
+    newest = func.row_number().over(
+        partition_by=col(UploadRow.owner), order_by=[col(UploadRow.created_at).desc(), col(UploadRow.id)]
+    )
+    closed = select(UploadRow.id, newest.label("nth")).where(UploadRow.status != "pending").subquery()
+    too_many = select(closed.c.id).where(closed.c.nth > MAX_CLOSED)
+    session.exec(delete(UploadRow).where(col(UploadRow.id).in_(too_many)))
 
 
 def _open_ids(session: Session, now: datetime) -> set[str]:

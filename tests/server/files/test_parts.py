@@ -215,6 +215,20 @@ def test_an_owner_has_few_uploads_open(box, monkeypatch) -> None:
     assert begin(ann).status_code == 200
 
 
+def test_few_closed_uploads_of_an_owner_are_remembered(box, monkeypatch) -> None:
+    monkeypatch.setattr(parts, "MAX_CLOSED", 2)
+    ann = box.key("ann")
+    ids, still_open = [begun(client) for client in (ann, ann, ann, box.admin)], begun(ann)
+    for upload_id in ids:
+        box.clock.advance(1)
+        box.admin.post(f"/v1/uploads/{upload_id}/cancel")
+
+    swept(box)
+
+    known = [box.admin.get(f"/v1/uploads/{upload_id}").status_code for upload_id in (*ids, still_open)]
+    assert (sorted(known[:3]), known[3:]) == ([200, 200, 404], [200, 200])
+
+
 def test_sizes_are_bounded(make_box, monkeypatch) -> None:
     box = make_box(max_upload_bytes=1000)
     monkeypatch.setattr(parts, "SPARE_BYTES", 1000)

@@ -1,8 +1,11 @@
 """The result file: what it holds, that there is one, and that it goes with its job."""
 
+from datetime import timedelta
+
 import pytest
 from sqlmodel import delete
 
+from sftd_server.cursors import forgettable
 from sftd_server.openai.results import ResultFiles
 from sftd_server.tables import FileRow
 
@@ -85,3 +88,15 @@ def test_it_goes_with_its_job_and_does_not_come_back_when_its_owner_deletes_it(b
 
     assert box.admin.get(f"/files/{file_id}").status_code == 404
     assert len(result_files(box, kept)) == 1
+
+
+def test_a_result_file_that_was_deleted_is_not_made_again_for_as_long_as_its_job_is_there(box) -> None:
+    job_id = ended(box)
+    make(box)
+    (file_id,) = result_files(box, job_id)
+    box.admin.delete(f"/files/{file_id}")
+    before = box.clock.now() + timedelta(days=30)
+
+    assert box.run(box.server.db.read(lambda session: forgettable(session, before))) == []
+    box.admin.delete(f"/jobs/{job_id}")
+    assert set(box.run(box.server.db.read(lambda session: forgettable(session, before)))) == {file_id, job_id}
