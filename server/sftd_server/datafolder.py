@@ -50,7 +50,7 @@ _OCTAL = re.compile(r"\\([0-7]{3})")  # how a list of mounts writes a space
 PARTS_PREFIX = "upload_"  # of folders in uploads/: files that users send in parts; the others are of jobs
 _ABANDONED_SECONDS = 3600.0  # an upload that stalls is given up long before
 _LEAST_WAIT, _MOST_WAIT = 0.002, 0.03  # between looks at a lock that another server holds, in seconds
-_MOST_STREAK = 0.5
+_MOST_STREAK = 0.5  # seconds for which tasks of one server hand a lock on among them
 
 
 class StartRefused(Exception):
@@ -170,9 +170,8 @@ class FolderLock:
         self._shared = shared
         self._here = asyncio.Lock()
         self._handle = -1
-        self._streak_began = self._released = float(
-            "-inf"
-        )  # of this process's holding it, one task after another
+        # Of this process's holding it, one task after another.
+        self._streak_began = self._released = float("-inf")
 
     async def __aenter__(self) -> None:
         await self._here.acquire()

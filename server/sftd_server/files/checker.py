@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from sftd_server.tables import FileRow, JobRow
 LOOK_SECONDS = 5.0  # another server's check may have ended with it
 MAX_STARTED = 1000  # checks that are begun or wait for their turn
 MAX_TRIES = 3
+MAX_LEFT_BEHIND = 100  # jobs in one write
 
 log = logging.getLogger("sftd.server")
 
@@ -73,8 +75,9 @@ class Checker:
                 task = asyncio.create_task(self._check(sha256, num_bytes))
                 self._started[sha256] = task
                 task.add_done_callback(functools.partial(self._ended, sha256))
-        if await self._server.db.read(any_left_behind):
-            work = functools.partial(settle_left_behind, now=self._server.clock.now())
+        jobs = await self._server.db.read(left_behind)
+        if jobs:
+            work = functools.partial(settle_left_behind, jobs=jobs, now=self._server.clock.now())
             await self._server.db.write(work)
 
     def _ended(self, sha256: str, task: asyncio.Task[None]) -> None:
@@ -108,7 +111,7 @@ class Checker:
         verdict = await self._found(blob, sha256, num_bytes)
         if verdict is not None:
             await self._settle(sha256, verdict)
-            self._tries.pop(sha256, None)
+        self._tries.pop(sha256, None)
         await store.drop_unused_marks(self._server, sha256)
 
     async def _found(self, blob: Path, sha256: str, num_bytes: int) -> Verdict | None:
@@ -178,18 +181,21 @@ def _to_check(sha256: str) -> ColumnElement[bool]:
     )
 
 
-def any_left_behind(session: Session) -> bool:
-    """Whether a queued job waits for a check that is over. A paused one looks for itself when it is resumed."""
+def left_behind(session: Session) -> list[str]:
+    """The ids of queued jobs, the oldest of them, that wait for checks that are over. A paused one looks for itself when
+    it is resumed."""
     waiting = {job.id: _files_of(job) for job in session.exec(_waiting_jobs(JobState.QUEUED))}
     if not waiting:
-        return False
+        return []
     being_checked = set(session.exec(select(FileRow.id).where(FileRow.status == "uploaded")))
-    return any(being_checked.isdisjoint(files) for files in waiting.values())
+    ids = [job_id for job_id, files in waiting.items() if being_checked.isdisjoint(files)]
+    return ids[:MAX_LEFT_BEHIND]
 
 
-def settle_left_behind(session: Session, now: datetime) -> None:
-    """Let the queued jobs go on, or fail, whose files have been checked."""
-    for job in session.exec(_waiting_jobs(JobState.QUEUED).with_for_update()):
+def settle_left_behind(session: Session, jobs: Sequence[str], now: datetime) -> None:
+    """Let such jobs go on, or fail."""
+    here = _waiting_jobs(JobState.QUEUED).where(col(JobRow.id).in_(jobs))
+    for job in session.exec(here.with_for_update()):
         service.settle_files(session, job, now)
 
 
