@@ -5,8 +5,8 @@ blobs/sha256/<2>/<sha>  jobs/<id>/  models/  uploads/<id>/  locks/  cache/  tmp/
 """
 
 import asyncio
-import fcntl
 import os
+import random
 import re
 import secrets
 import time
@@ -49,6 +49,8 @@ _NETWORK_TYPES = {
 _OCTAL = re.compile(r"\\([0-7]{3})")  # how a list of mounts writes a space
 PARTS_PREFIX = "upload_"  # of folders in uploads/: files that users send in parts; the others are of jobs
 _ABANDONED_SECONDS = 3600.0  # an upload that stalls is given up long before
+_LEAST_WAIT, _MOST_WAIT = 0.002, 0.03  # between looks at a lock that another server holds, in seconds
+_MOST_STREAK = 0.5  # seconds for which tasks of one server hand a lock on among them
 
 
 class StartRefused(Exception):
@@ -159,7 +161,8 @@ class DataFolder:
 class FolderLock:
     """A lock among the tasks of this process and, where it is shared, among all servers on the folder.
 
-    `async with lock: …`; what is held ends with the process.
+    `async with lock: …`; what is held ends with the process. Waiting holds no thread: what the holder of one lock waits
+    for may need the threads that those who wait for another would hold.
     """
 
     def __init__(self, path: Path, *, shared: bool) -> None:
@@ -167,15 +170,15 @@ class FolderLock:
         self._shared = shared
         self._here = asyncio.Lock()
         self._handle = -1
+        # Of this process's holding it, one task after another.
+        self._streak_began = self._released = float("-inf")
 
     async def __aenter__(self) -> None:
         await self._here.acquire()
         if self._shared:
-            waiting = asyncio.ensure_future(asyncio.to_thread(self._wait))
             try:
-                self._handle = await asyncio.shield(waiting)
+                self._handle = await self._take()
             except BaseException:
-                waiting.add_done_callback(_close_lock)  # the thread gets the lock all the same, later
                 self._here.release()
                 raise
 
@@ -187,21 +190,26 @@ class FolderLock:
     ) -> None:
         if self._shared:
             os.close(self._handle)
+            self._released = time.monotonic()
         self._here.release()
 
-    def _wait(self) -> int:
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except BaseException:
-            os.close(handle)
-            raise
+    async def _take(self) -> int:
+        """Ask again and again: at first often, for most are held for milliseconds."""
+        await self._let_others_in()
+        wait = _LEAST_WAIT
+        while (handle := try_lock(self._path)) is None:
+            await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+            wait = min(2 * wait, _MOST_WAIT)
         return handle
 
-
-def _close_lock(waiting: "asyncio.Future[int]") -> None:
-    if not waiting.cancelled() and waiting.exception() is None:
-        os.close(waiting.result())
+    async def _let_others_in(self) -> None:
+        """Others see a lock that is handed on at once only as held: after a while there is a gap."""
+        now = time.monotonic()
+        if now - self._released > _LEAST_WAIT:
+            self._streak_began = now
+        elif now - self._streak_began > _MOST_STREAK:
+            await asyncio.sleep(2 * _MOST_WAIT)
+            self._streak_began = time.monotonic()
 
 
 def require_local(file: Path, mounts: str | None = None) -> None:

@@ -21,12 +21,13 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def try_lock(path: Path, *, shared: bool = False) -> int | None:
-    """Hold a lock file, made if it is not there; with others that share it, or alone. None: somebody else holds it.
+def try_lock(path: Path, *, shared: bool = False, make: bool = True) -> int | None:
+    """Hold a lock file, with others that share it, or alone. None: somebody else holds it.
 
-    The lock ends when the handle is closed, and with the process.
+    The lock ends when the handle is closed, and with the process. A file that is not there is made; without `make` that
+    raises FileNotFoundError.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if make else 0), 0o600)
     try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:

@@ -2,6 +2,7 @@
 
 import secrets
 
+JOB, RESULT_FILE = "job_", "file_result_"  # so begin the ids of jobs, and of their result files
 _ALPHABET = "0123456789abcdefghijkmnpqrstuvwxyz"  # without l and o, which look like 1 and 0
 
 
@@ -12,4 +13,4 @@ def new_id(prefix: str) -> str:
 
 def result_file_id(job_id: str) -> str:
     """The id of a job's result file: always the same, so that making it twice makes one."""
-    return f"file_result_{job_id.removeprefix('job_')}"
+    return RESULT_FILE + job_id.removeprefix(JOB)

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from sftd.schemas import StorageItem
-from sftd_server import garbage, retention, sweep
+from sftd_server import cursors, garbage, retention, sweep
 from sftd_server.audit import queries as audit
 from sftd_server.db import DatabaseClosed
 from sftd_server.files import parts, store
@@ -76,6 +76,7 @@ class Janitor:
             if not dry_run:
                 await self._audit()
                 await self._analyses()
+                await self._gone()
         return removed
 
     # ------------------------------------------------------------ checkpoints
@@ -195,6 +196,12 @@ class Janitor:
         db, now = self._server.db, self._server.clock.now()
         if await db.read(functools.partial(plans.any_unused, now=now)):
             await db.write(functools.partial(plans.sweep, now=now))
+
+    async def _gone(self) -> None:
+        """Places in lists of what was deleted long ago."""
+        db, before = self._server.db, self._server.clock.now() - cursors.REMEMBERED
+        while ids := await db.read(functools.partial(cursors.forgettable, before=before)):
+            await db.write(functools.partial(cursors.forget, ids=ids))
 
     # ------------------------------------------------------------ small things
 

@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from sftd_server import datafolder
 from sftd_server.datafolder import DataFolder, DataFolderInUse, FolderLock, NetworkFileSystem, require_local
+from sftd_server.disk import try_lock
 
 MOUNTS = """\
 22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
@@ -99,3 +102,50 @@ def test_a_folder_lock_keeps_other_processes_out(tmp_path: Path) -> None:
     assert asyncio.run(scenario()) == ["a", "b"]
     other.wait(10)
     other.stdout.close()
+
+
+def test_waiting_for_locks_of_another_server_leaves_the_threads_free(tmp_path: Path) -> None:
+    """As when it waits, holding them, for what the threads here are to finish."""
+    held = {name: try_lock(tmp_path / name) for name in ("a", "b", "c")}
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+
+        async def take(name: str) -> None:
+            async with FolderLock(tmp_path / name, shared=True):
+                pass
+
+        waiting = [asyncio.create_task(take(name)) for name in held]
+        await asyncio.sleep(0.01)
+        try:
+            await asyncio.wait_for(asyncio.to_thread(lambda: None), 5)
+        finally:
+            for handle in held.values():
+                assert handle is not None
+                os.close(handle)
+        await asyncio.wait_for(asyncio.gather(*waiting), 5)
+
+    asyncio.run(scenario())
+
+
+def test_a_lock_that_one_server_hands_on_and_on_is_had_by_another(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(datafolder, "_MOST_STREAK", 0.05)
+
+    async def scenario() -> None:
+        busy, other = (FolderLock(tmp_path / "lock", shared=True) for _ in range(2))
+
+        async def keep_busy() -> None:
+            while True:
+                async with busy:
+                    await asyncio.sleep(0.001)
+
+        tasks = [asyncio.create_task(keep_busy()) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        try:
+            async with asyncio.timeout(5), other:
+                pass
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    asyncio.run(scenario())

@@ -29,7 +29,7 @@ def random_rows(num: int, *, length: int = 200, seed: int = 0) -> list[list[int]
 
 
 def twins_of(table: Dataset, tmp_path: Path) -> Twins:
-    return find_twins(sketch(table, tmp_path / "twins.npz"))
+    return find_twins(sketch(table, tmp_path / "twins.safetensors"))
 
 
 def pairs(first: np.ndarray) -> dict[int, int]:
@@ -99,19 +99,19 @@ def test_estimated_similarity_is_that_of_the_sets(tmp_path: Path) -> None:
 def test_sketches_are_kept_and_read_back_the_same(tmp_path: Path) -> None:
     table = rows_of(*random_rows(25))
 
-    first, second = (sketch(table, tmp_path / "twins.npz") for _ in range(2))
+    first, second = (sketch(table, tmp_path / "twins.safetensors") for _ in range(2))
 
     assert (first.exact == second.exact).all()
     assert first.minhash is not None
     assert second.minhash is not None
     assert (first.minhash == second.minhash).all()
-    assert [path.name for path in tmp_path.iterdir()] == ["twins.npz"]
+    assert [path.name for path in tmp_path.iterdir()] == ["twins.safetensors"]
 
 
 def test_rows_of_two_files_are_compared_in_one_order(tmp_path: Path) -> None:
     rows = random_rows(30)
-    training = sketch(rows_of(*rows[:20]), tmp_path / "a.npz")
-    validation = sketch(rows_of(*rows[20:], rows[4]), tmp_path / "b.npz")
+    training = sketch(rows_of(*rows[:20]), tmp_path / "a.safetensors")
+    validation = sketch(rows_of(*rows[20:], rows[4]), tmp_path / "b.safetensors")
 
     both: Sketches = joined(chosen(training, np.arange(20)), validation)
 
@@ -144,7 +144,7 @@ def test_a_text_that_most_rows_repeat_is_found_whatever_its_share(share: float, 
 
 
 def test_a_sketch_that_was_cut_short_is_made_anew(tmp_path: Path) -> None:
-    table, cached = rows_of(*random_rows(20)), tmp_path / "twins.npz"
+    table, cached = rows_of(*random_rows(20)), tmp_path / "twins.safetensors"
     whole = sketch(table, cached)
     cached.write_bytes(cached.read_bytes()[:200])
 

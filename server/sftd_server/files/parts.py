@@ -33,9 +33,12 @@ from sftd_server.tables import FileRow, UploadPartRow, UploadRow
 
 LIFETIME = timedelta(hours=1)
 REMEMBERED = timedelta(days=30)  # a closed upload: whoever completes it again gets the same file
+MAX_CLOSED = 1000  # of one owner that are remembered
 MAX_OPEN = 32  # of one owner
 MAX_OPEN_FILES = 8  # the bytes that they announce together, in files of the largest size
 MAX_PARTS = 10_000
+MIN_BYTES = 64 * 1024  # of a part, on the average
+SPARE_PARTS = 100  # that may be smaller
 SPARE_BYTES = 4 * MAX_PART_BYTES  # room for parts that are sent again because an answer was lost
 _PIECE = 1024 * 1024
 _NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
@@ -124,7 +127,7 @@ async def retrieve(server: Server, upload_id: str, caller: Caller) -> PartedUplo
 async def add_part(server: Server, request: Request, upload_id: str, caller: Caller) -> Part:
     """Take one part. It is on disk before it is on record."""
     now = server.clock.now()
-    await server.db.read(lambda session: _require_open(_own(session, upload_id, caller, now)))
+    await server.db.read(lambda session: _open_row(session, upload_id, caller, now))
     got = await receive_form(request, server.folder.tmp, file="data", fields=(), max_bytes=MAX_PART_BYTES)
     part = Part(new_id("part"), upload_id, got.bytes, got.sha256, now)
     path = _folder(server, upload_id) / part.id
@@ -150,9 +153,11 @@ async def complete(
         upload = await server.db.read(lambda session: _own(session, upload_id, caller, now))
         if upload.status == "completed":
             return upload
-        _require_open(upload)
+        _require_open(upload, now)
         parts = _in_order(upload, part_ids)
         server.disk.require_room(upload.bytes)
+        # What is being put together does not expire under it.
+        await server.db.write(lambda session: _keep_open(session, upload_id, server.clock.now()))
         whole = await server.uploads.in_thread(_put_together, server, upload, parts, md5)
         try:
             await asyncio.to_thread(store.require_takeable, whole)
@@ -172,10 +177,9 @@ async def cancel(server: Server, upload_id: str, caller: Caller) -> PartedUpload
 
     def work(session: Session) -> PartedUpload:
         now = server.clock.now()
-        session.exec(select(UploadRow.id).where(UploadRow.id == upload_id).with_for_update()).first()
-        upload = _own(session, upload_id, caller, now)
-        if upload.status != "cancelled":
-            _require_open(upload)
+        row = _own_row(session, upload_id, caller, lock=True)
+        if row.status != "cancelled":
+            _require_open(row, now)
             _close(session, upload_id, "cancelled", None)
         return _look(session, upload_id, now)
 
@@ -209,25 +213,24 @@ async def sweep(server: Server, *, dry_run: bool) -> list[StorageItem]:
 
 
 def _look(session: Session, upload_id: str, now: datetime) -> PartedUpload:
-    row = session.exec(select(UploadRow).where(UploadRow.id == upload_id)).first()
-    if row is None:
-        raise NotFound(f"There is no upload {upload_id!r}.", code="unknown_upload")
-    here = select(UploadPartRow).where(UploadPartRow.upload == upload_id)
+    """An upload with all its parts, of which there may be thousands: not for the writer."""
+    row = _row(session, upload_id)
+    columns = select(UploadPartRow.id, UploadPartRow.bytes, UploadPartRow.sha256, UploadPartRow.created_at)
+    here = columns.where(UploadPartRow.upload == upload_id)
     parts = session.exec(here.order_by(col(UploadPartRow.created_at), col(UploadPartRow.id)))
     made = session.exec(select(FileRow).where(FileRow.id == row.file_id)).first() if row.file_id else None
-    is_late = row.status == "pending" and row.expires_at <= now
     return PartedUpload(
         id=row.id,
         owner=row.owner,
         filename=row.filename,
         purpose=row.purpose,
         bytes=row.bytes,
-        status="expired" if is_late else row.status,
+        status=_status(row, now),
         file_lifetime_seconds=row.file_lifetime_seconds,
         created_at=row.created_at,
         expires_at=row.expires_at,
         file=store.file_of(made) if made else None,
-        parts=[Part(part.id, upload_id, part.bytes, part.sha256, part.created_at) for part in parts],
+        parts=[Part(part_id, upload_id, size, sha256, at) for part_id, size, sha256, at in parts],
     )
 
 
@@ -237,11 +240,37 @@ def _own(session: Session, upload_id: str, caller: Caller, now: datetime) -> Par
     return upload
 
 
-def _require_open(upload: PartedUpload) -> None:
-    if upload.status != "pending":
+def _row(session: Session, upload_id: str, *, lock: bool = False) -> UploadRow:
+    query = select(UploadRow).where(UploadRow.id == upload_id)
+    row = session.exec(query.with_for_update() if lock else query).first()
+    if row is None:
+        raise NotFound(f"There is no upload {upload_id!r}.", code="unknown_upload")
+    return row
+
+
+def _own_row(session: Session, upload_id: str, caller: Caller, *, lock: bool = False) -> UploadRow:
+    row = _row(session, upload_id, lock=lock)
+    caller.require_owner(row.owner)
+    return row
+
+
+def _open_row(
+    session: Session, upload_id: str, caller: Caller, now: datetime, *, lock: bool = False
+) -> UploadRow:
+    row = _own_row(session, upload_id, caller, lock=lock)
+    _require_open(row, now)
+    return row
+
+
+def _status(upload: UploadRow | PartedUpload, now: datetime) -> str:
+    return "expired" if upload.status == "pending" and upload.expires_at <= now else upload.status
+
+
+def _require_open(upload: UploadRow | PartedUpload, now: datetime) -> None:
+    status = _status(upload, now)
+    if status != "pending":
         raise Conflict(
-            f"{upload.id} is {upload.status}; create another upload and send the file there.",
-            code="upload_closed",
+            f"{upload.id} is {status}; create another upload and send the file there.", code="upload_closed"
         )
 
 
@@ -260,14 +289,14 @@ def _require_place(session: Session, announced: Announced, caller: Caller, most:
 
 
 def _record_part(session: Session, part: Part, caller: Caller, now: datetime) -> None:
-    session.exec(select(UploadRow.id).where(UploadRow.id == part.upload_id).with_for_update()).first()
-    upload = _own(session, part.upload_id, caller, now)
-    _require_open(upload)
-    held = sum(other.bytes for other in upload.parts)
-    if held + part.bytes > upload.bytes + SPARE_BYTES or len(upload.parts) >= MAX_PARTS:
+    upload = _open_row(session, part.upload_id, caller, now, lock=True)
+    totals = select(func.count(), func.coalesce(func.sum(UploadPartRow.bytes), 0))
+    num_parts, num_bytes = session.exec(totals.where(UploadPartRow.upload == upload.id)).one()
+    most = min(MAX_PARTS, SPARE_PARTS + upload.bytes // MIN_BYTES)
+    if int(num_bytes) + part.bytes > upload.bytes + SPARE_BYTES or num_parts >= most:
         raise TooLarge(
-            f"data: {upload.id} holds {len(upload.parts):,} parts of {held:,} bytes already, and its file has"
-            f" {upload.bytes:,}; at most {MAX_PARTS:,} parts are taken",
+            f"data: {upload.id} holds {num_parts:,} parts of {int(num_bytes):,} bytes already, and its file has"
+            f" {upload.bytes:,}; at most {most:,} parts are taken: cancel it, and send larger parts to another",
             code="too_large",
             param="data",
         )
@@ -307,12 +336,26 @@ def _close(session: Session, upload_id: str, status: str, file_id: str | None) -
     session.exec(delete(UploadPartRow).where(col(UploadPartRow.upload) == upload_id))
 
 
+def _keep_open(session: Session, upload_id: str, now: datetime) -> None:
+    """For as long again as a new one."""
+    is_open = (col(UploadRow.status) == "pending", col(UploadRow.expires_at) > now)
+    longer = update(UploadRow).where(col(UploadRow.id) == upload_id, *is_open)
+    if session.exec(longer.values(expires_at=now + LIFETIME)).rowcount != 1:
+        _require_open(_row(session, upload_id), now)
+
+
 def _expire(session: Session, now: datetime) -> None:
     late = select(UploadRow.id).where(UploadRow.status == "pending", col(UploadRow.expires_at) <= now)
     for upload_id in session.exec(late.with_for_update()).all():
         _close(session, upload_id, "expired", None)
     old = (col(UploadRow.status) != "pending", col(UploadRow.expires_at) <= now - REMEMBERED)
     session.exec(delete(UploadRow).where(*old))
+    newest = func.row_number().over(
+        partition_by=col(UploadRow.owner), order_by=[col(UploadRow.created_at).desc(), col(UploadRow.id)]
+    )
+    closed = select(UploadRow.id, newest.label("nth")).where(UploadRow.status != "pending").subquery()
+    too_many = select(closed.c.id).where(closed.c.nth > MAX_CLOSED)
+    session.exec(delete(UploadRow).where(col(UploadRow.id).in_(too_many)))
 
 
 def _open_ids(session: Session, now: datetime) -> set[str]:

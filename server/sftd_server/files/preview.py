@@ -36,7 +36,8 @@ async def rows(server: Server, file_id: str, *, after: int, limit: int) -> Page[
     form = cast("Format | None", found.format)
     mark = None
     if found.bytes > SMALL_BYTES:
-        mark = await _mark_before(server, found, path, after)
+        await _require_marks(server, found, path)
+        mark = await asyncio.to_thread(_newest_mark, server.checks.marks(found.sha256), after)
     try:
         async with server.checks.previews:
             return await server.uploads.in_thread(_page, path, mark, after, limit, form)
@@ -44,30 +45,37 @@ async def rows(server: Server, file_id: str, *, after: int, limit: int) -> Page[
         raise NotFound(f"{found.filename} is no longer on disk.", code="file_gone") from None
 
 
-async def _mark_before(server: Server, found: File, path: Path, after: int) -> Mark | None:
-    """Where to begin to read. Marks that are not there are made first."""
+async def _require_marks(server: Server, found: File, path: Path) -> None:
+    """Marks that are not there are made first."""
     marks = server.checks.marks(found.sha256)
-    mark = await asyncio.to_thread(_newest_mark, marks, after)
-    if mark is not None or found.status == "uploaded":
-        if mark is None:
-            raise Conflict(
-                f"The rows of {found.id} are still being checked; look again when that is done.",
-                code="file_not_checked",
-            )
-        return mark
+    if await asyncio.to_thread(_are_whole, marks):
+        return
+    if found.status == "uploaded":
+        raise Conflict(
+            f"The rows of {found.id} are still being checked; look again when that is done.",
+            code="file_not_checked",
+        )
     if not path.exists():
         raise NotFound(f"{found.filename} is no longer on disk.", code="file_gone")
     try:
-        await server.checks.verdict(path, num_bytes=found.bytes, sha256=found.sha256)
+        await server.checks.remake_marks(path, sha256=found.sha256)
     except CheckFailed as error:
         raise Unavailable(
             f"The rows of {found.id} could not be looked through ({error}); try again", code="check_failed"
         ) from error
-    return await asyncio.to_thread(_newest_mark, marks, after)
+    await store.drop_unused_marks(server, found.sha256)  # deleted meanwhile
+
+
+def _are_whole(path: Path) -> bool:
+    try:
+        return path.stat().st_size % _PAIR == 0
+    except OSError:
+        return False
 
 
 def _newest_mark(path: Path, after: int) -> Mark | None:
-    """The last mark that is no further than the row after `after`; None where there are no marks."""
+    """The last mark that is no further than the row after `after`; None, the file's beginning, where there are no marks,
+    as in a file without rows."""
     try:
         raw = path.read_bytes()
         os.utime(path)  # what was used last is deleted last

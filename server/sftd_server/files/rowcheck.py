@@ -44,7 +44,10 @@ def write_marks(path: Path, marks: Iterable[Mark]) -> None:
     numbers = array("Q", (number for mark in marks for number in (mark.line, mark.offset)))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(numbers.tobytes())
+        with temporary.open("wb") as file:
+            file.write(numbers.tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # an empty file after a power cut would say that there are no rows
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 A file's row appears after its content is safely on disk, and goes before it. `Server.file_changes` is held
 meanwhile, so that a delete never takes the content of an upload of the same bytes. A file to train on has its rows
-checked: before it is taken in, or after that by `checker`, as its `status` tells. The same content is checked once.
+checked: before it is taken in, or after that by `checker`, as its `status` tells. A server checks the same content once.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ async def keep(server: Server, upload: Upload, caller: Caller) -> File:
     if upload.purpose in CHECKED:
         verdict = await _verdict(server, upload)
         if verdict.problems:
-            await _drop_marks(server, upload.sha256)
+            await drop_unused_marks(server, upload.sha256)
             raise Invalid(verdict.problems_of(upload.filename), code="invalid_file", param="file")
     return await take_in(server, upload, caller.name, verdict)
 
@@ -110,8 +110,10 @@ async def take_in(
         "expires_at": None if lifetime is None else now + timedelta(seconds=lifetime),
     }
 
+    known = server.checks.known(upload.sha256)
+
     def work(session: Session) -> File:
-        row = _recorded(session, values, verdict)
+        row = _recorded(session, values, verdict or known)
         audit.describe(
             session, filename=row.filename, bytes=row.bytes, sha256=row.sha256, purpose=row.purpose
         )
@@ -127,17 +129,6 @@ async def take_in(
             if not await server.db.read(lambda session: _num_files_of(session, upload.sha256)):
                 blob.unlink(missing_ok=True)
             raise
-
-
-def known_verdict(session: Session, sha256: str) -> Verdict | None:
-    """What an earlier check of the same content found."""
-    query = select(FileRow).where(FileRow.sha256 == sha256, col(FileRow.purpose).in_(CHECKED))
-    for row in session.exec(query.where(FileRow.status != "uploaded").order_by(col(FileRow.number).desc())):
-        if row.status == "processed":
-            return Verdict(row.format, row.num_rows, None)
-        if row.status_details and not row.status_details.startswith(NOT_CHECKED):
-            return Verdict(None, None, row.status_details)
-    return None
 
 
 def columns_of(verdict: Verdict) -> dict[str, Any]:  # of several types
@@ -241,6 +232,12 @@ def files(
     return Page[File](data=data, has_more=more, next_after=data[-1].id if more else None)
 
 
+async def drop_unused_marks(server: Server, sha256: str) -> None:
+    """Delete the marks of content that no file has: where one comes just now, they are made anew when they are needed."""
+    if not await server.db.read(lambda session: _num_files_of(session, sha256)):
+        await asyncio.to_thread(server.checks.marks(sha256).unlink, missing_ok=True)
+
+
 async def content(server: Server, file_id: str) -> Response:
     """A file as it was uploaded."""
     found = await server.db.read(lambda session: file(session, file_id))
@@ -250,7 +247,7 @@ async def content(server: Server, file_id: str) -> Response:
 
 
 async def _verdict(server: Server, upload: Upload) -> Verdict:
-    known = await server.db.read(lambda session: known_verdict(session, upload.sha256))
+    known = server.checks.known(upload.sha256)
     if known is not None:
         return known
     try:
@@ -268,7 +265,6 @@ def _recorded(session: Session, values: dict[str, Any], verdict: Verdict | None)
     if values["purpose"] not in CHECKED:
         told["status"] = "processed"
     else:
-        verdict = verdict or known_verdict(session, values["sha256"])
         told = told if verdict is None else columns_of(verdict)
     row = FileRow(**values, **told)
     session.add(row)
@@ -285,14 +281,8 @@ async def _remove(server: Server, work: Callable[[Session], str | None]) -> bool
         if gone and not await server.db.read(lambda session: _num_files_of(session, gone)):
             path = server.folder.path / server.folder.blob_name(gone)
             await asyncio.to_thread(path.unlink, missing_ok=True)
-            await _drop_marks(server, gone)
+            await drop_unused_marks(server, gone)
     return gone is not None
-
-
-async def _drop_marks(server: Server, sha256: str) -> None:
-    """Of content that no file has: where one comes just now, they are made anew when they are needed."""
-    if not await server.db.read(lambda session: _num_files_of(session, sha256)):
-        await asyncio.to_thread(server.checks.marks(sha256).unlink, missing_ok=True)
 
 
 def _delete(session: Session, row: FileRow, now: datetime) -> str:

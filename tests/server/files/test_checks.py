@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import http.client
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 import psutil
 import pytest
-from sqlmodel import Session, select
+from sqlmodel import Session, col, select, update
 
 from sftd_server.disk import try_lock
+from sftd_server.engines import make_engine
 from sftd_server.files import checker, store
 from sftd_server.files import checks as checks_module
 from sftd_server.files.checks import CheckFailed, Checks
@@ -124,6 +126,27 @@ def test_the_same_content_is_checked_once_and_stored_once(held) -> None:
     assert blobs.count(sha(BAD)) == 1
 
 
+def test_what_another_release_has_found_wrong_is_looked_at_anew(held) -> None:
+    first = post(held, GOOD)["id"]
+    old = Verdict(None, None, "line 1, row: is more than this release reads"), held.clock.now()
+    held.run(held.server.db.write(lambda session: checker.settle(session, sha(GOOD), *old)))
+    held.let_go()
+    assert checked(held, first)["status"] == "error"
+
+    assert checked(held, post(held, GOOD)["id"])["status"] == "processed"
+
+
+def test_few_verdicts_are_remembered(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checks_module, "MAX_KNOWN", 2)
+    path, own = tmp_path / "rows", Checks(tmp_path)
+    path.write_bytes(GOOD)
+
+    for name in "abac":
+        asyncio.run(own.verdict(path, num_bytes=1, sha256=name))
+
+    assert [bool(own.known(name)) for name in "abc"] == [True, False, True]
+
+
 def test_files_for_other_purposes_are_kept_as_they_are_and_train_nothing(box, assert_error) -> None:
     made = post(box, b"PK\x03\x04 no rows", purpose="assistants")
     assert (made["status"], made["purpose"], made["num_rows"]) == ("processed", "assistants", None)
@@ -160,6 +183,44 @@ def test_a_job_waits_until_its_file_has_been_checked(held) -> None:
     checked(held, file_id)
     assert "checked" not in held.job(job_id)["why_waiting"]
     assert held.claim().job_id == job_id
+
+
+def test_a_job_whose_file_comes_while_a_check_is_written_down_waits_no_longer(held) -> None:
+    """Its file is committed after the look at what is to be written, and before that is written."""
+    if not held.server.db.shared:
+        pytest.skip("only where several servers write at once")
+    post(held, GOOD)
+    jobs: list[str] = []
+
+    class Overtaken(Session):
+        def exec(self, statement: Any, **more: Any) -> Any:
+            found = super().exec(statement, **more)
+            if not jobs:
+                jobs.append(held.submit(training_file=post(held, GOOD)["id"]))
+            return found
+
+    with Overtaken(make_engine(held.server.settings.database_url)) as session:  # as of another server
+        checker.settle(session, sha(GOOD), Verdict("prompt_completion", 1, None), held.clock.now())
+        session.commit()
+
+    assert held.claim().job_id == jobs[0]
+
+
+@pytest.mark.parametrize(("content", "state"), [(GOOD, "queued"), (BAD, "failed")])
+def test_a_job_that_waits_for_a_check_that_is_over_goes_on_by_itself(
+    box, monkeypatch, content: bytes, state: str
+) -> None:
+    monkeypatch.setattr(checker, "LOOK_SECONDS", 0.02)
+    box.spec()
+    file_id = post(hold(box), content)["id"]
+    job_id = box.submit(training_file=file_id)
+    forgotten = update(FileRow).where(col(FileRow.id) == file_id)
+    forgotten = forgotten.values(**store.columns_of(Verdict(None, 1, None if content == GOOD else "line 2")))
+
+    box.run(box.server.db.write(lambda session: session.exec(forgotten).rowcount))
+
+    until(lambda: "checked" not in (box.job(job_id)["why_waiting"] or ""))
+    assert box.state(job_id) == state
 
 
 def test_a_worker_that_waits_for_work_is_woken_by_the_end_of_a_check(held) -> None:
@@ -343,6 +404,58 @@ def test_a_check_that_dies_is_tried_again_and_at_last_said(box, monkeypatch) -> 
     assert (unavailable.status_code, unavailable.json()["error"]["code"]) == (503, "check_failed")
     box.server.checks.verdict = verdict
     assert checked(box, post(box, GOOD)["id"])["status"] == "processed"  # not the file's fault
+
+
+def test_a_file_that_is_deleted_when_its_check_begins_leaves_no_empty_content(box, monkeypatch) -> None:
+    seen, deleted, done = threading.Event(), threading.Event(), threading.Event()
+
+    def late(path: Path, **how: Any) -> int | None:
+        seen.set()
+        assert deleted.wait(10)
+        try:
+            return try_lock(path, **how)
+        finally:
+            done.set()
+
+    monkeypatch.setattr(checker, "try_lock", late)
+    file_id = post(box, GOOD)["id"]
+    assert seen.wait(10)
+    assert box.admin.delete(f"/files/{file_id}").status_code == 204
+    deleted.set()
+    assert done.wait(10)
+
+    assert [path for path in (box.server.folder.path / "blobs").rglob("*") if path.is_file()] == []
+    assert checked(box, post(box, GOOD)["id"])["status"] == "processed"
+
+
+def test_a_check_of_a_file_that_is_deleted_meanwhile_says_nothing_of_one_that_comes_later(held) -> None:
+    """And leaves no marks behind."""
+    marks = held.server.checks.marks(sha(GOOD))
+    first = post(held, GOOD)["id"]
+    until(lambda: held.begun)
+    held.admin.delete(f"/files/{first}")
+    marks.write_bytes(b"x" * 16)  # as the check's process does
+    held.let_go()
+    until(lambda: not marks.exists())
+
+    for _ in range(2):
+        assert checked(held, post(held, GOOD)["id"])["status"] == "processed"
+
+
+def test_checks_that_wait_for_their_turn_hold_no_file_open(held, monkeypatch) -> None:
+    opened: list[Path] = []
+
+    def noted(path: Path, **how: Any) -> int | None:
+        opened.append(path)
+        return try_lock(path, **how)
+
+    monkeypatch.setattr(checker, "try_lock", noted)
+    ids = [post(held, b'{"text": "%d"}' % number)["id"] for number in range(6)]
+    until(lambda: len(held.begun) == 4)
+    assert len(opened) == 4
+    held.let_go()
+
+    assert {checked(held, file_id)["status"] for file_id in ids} == {"processed"}
 
 
 def test_a_file_whose_content_is_gone_is_not_waited_for(held) -> None:

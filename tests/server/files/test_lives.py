@@ -97,6 +97,19 @@ def test_openai_lists_go_either_way_by_purpose_and_over_what_was_deleted(box) ->
     assert get("/v1/files", params={"limit": 1, "order": "asc"}).json()["data"][0]["id"] == ids[0]
 
 
+def test_a_list_goes_on_after_what_was_deleted_for_a_week(box) -> None:
+    old, gone = upload(box, 1), upload(box, 2)
+    box.admin.delete(f"/files/{gone}")
+    box.clock.advance(6 * DAY)
+    swept(box)
+    assert ids_of(box.admin.get("/files", params={"after": gone})) == [old]
+    box.clock.advance(2 * DAY)
+
+    swept(box)
+
+    assert box.admin.get("/files", params={"after": gone}).status_code == 404
+
+
 def test_a_file_in_use_is_not_deleted(box, assert_error) -> None:
     file_id = upload(box, 1)
     box.submit(training_file=file_id)

@@ -137,6 +137,22 @@ def test_an_upload_expires_after_an_hour_and_is_swept(box) -> None:
     refused(box.admin.get(f"/v1/uploads/{upload_id}"), 404, "unknown_upload")
 
 
+def test_an_upload_does_not_expire_while_it_is_put_together(box, monkeypatch) -> None:
+    upload_id = begun(box.admin)
+    part = sent(box.admin, upload_id, ROWS)
+    box.clock.advance(HOUR - 60)
+    really = parts._put_together
+
+    def slowly(*arguments):
+        box.clock.advance(60)
+        assert swept(box) == []
+        return really(*arguments)
+
+    monkeypatch.setattr(parts, "_put_together", slowly)
+
+    assert finish(box.admin, upload_id, [part]).json()["status"] == "completed"
+
+
 def test_a_cancelled_upload_takes_nothing_any_more(box) -> None:
     upload_id = begun(box.admin)
     part = sent(box.admin, upload_id, ROWS)
@@ -199,6 +215,20 @@ def test_an_owner_has_few_uploads_open(box, monkeypatch) -> None:
     assert begin(ann).status_code == 200
 
 
+def test_few_closed_uploads_of_an_owner_are_remembered(box, monkeypatch) -> None:
+    monkeypatch.setattr(parts, "MAX_CLOSED", 2)
+    ann = box.key("ann")
+    ids, still_open = [begun(client) for client in (ann, ann, ann, box.admin)], begun(ann)
+    for upload_id in ids:
+        box.clock.advance(1)
+        box.admin.post(f"/v1/uploads/{upload_id}/cancel")
+
+    swept(box)
+
+    known = [box.admin.get(f"/v1/uploads/{upload_id}").status_code for upload_id in (*ids, still_open)]
+    assert (sorted(known[:3]), known[3:]) == ([200, 200, 404], [200, 200])
+
+
 def test_sizes_are_bounded(make_box, monkeypatch) -> None:
     box = make_box(max_upload_bytes=1000)
     monkeypatch.setattr(parts, "SPARE_BYTES", 1000)
@@ -214,6 +244,30 @@ def test_sizes_are_bounded(make_box, monkeypatch) -> None:
 
     assert len([name for name in on_disk(box) if name.startswith("part_")]) == 1
     assert list(box.server.folder.tmp.iterdir()) == []
+
+
+def test_the_number_of_parts_is_bounded_by_what_was_announced(box, monkeypatch) -> None:
+    monkeypatch.setattr(parts, "SPARE_PARTS", 2)
+    monkeypatch.setattr(parts, "MIN_BYTES", 100)
+    upload_id = begun(box.admin, 100)
+    for _ in range(3):
+        sent(box.admin, upload_id, b"x")
+
+    error = refused(send(box.admin, upload_id, b"x"), 413, "too_large")
+
+    assert "at most 3 parts" in error["message"]
+    assert len(on_disk(box)) == 1 + 3
+
+
+def test_a_part_is_taken_without_looking_at_all_that_came_before(box, monkeypatch) -> None:
+    """The one writer would stand still for it."""
+    upload_id = begun(box.admin)
+    first = sent(box.admin, upload_id, ROWS[:100])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "_look", None)
+        last = sent(box.admin, upload_id, ROWS[100:])
+
+    assert finish(box.admin, upload_id, [first, last]).json()["status"] == "completed"
 
 
 @pytest.mark.parametrize(

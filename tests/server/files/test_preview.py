@@ -1,17 +1,30 @@
 """Rows of a data file as they were understood, from any place in it."""
 
+import asyncio
 import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from sftd.rows import Mark, RowProblem, check_file, look_into
+from sftd_server.files import checks
 
 TOOL = {"type": "function", "function": {"name": "run", "parameters": {"type": "object"}}}
 
 
 def rows(box, file_id: str, **params):
     return box.admin.get(f"/files/{file_id}/rows", params=params)
+
+
+def until(ready: Callable[[], object]) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + 15
+    while not ready():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
 
 
 def large(kind: str) -> bytes:
@@ -64,13 +77,53 @@ def test_a_page_deep_in_a_large_file_begins_at_a_mark(box, kind: str) -> None:
 def test_marks_that_are_gone_or_broken_are_made_anew_and_go_with_the_file(box) -> None:
     file_id = box.upload(large("lines"))
     (marks,) = (box.server.folder.path / "cache").glob("rows-*")
-    for broken in (b"", b"x" * 15, None):
+    for broken in (b"x" * 15, None):
         marks.unlink() if broken is None else marks.write_bytes(broken)
 
         assert rows(box, file_id, after=2000, limit=1).json()["data"][0]["line"] == 2001
 
     box.admin.delete(f"/files/{file_id}")
     assert not marks.exists()
+
+
+def count_checks(box, gate: asyncio.Event | None = None) -> list[Path]:
+    """The checks that begin in processes of their own from now on; they wait for `gate`."""
+    begun, really = [], box.server.checks._in_process
+
+    async def counted(path: Path, marks: Path):
+        begun.append(path)
+        if gate is not None:
+            await gate.wait()
+        return await really(path, marks)
+
+    box.server.checks._in_process = counted
+    return begun
+
+
+def test_many_who_look_at_a_file_whose_marks_are_gone_share_one_check_and_hold_up_no_other(box) -> None:
+    file_id, gate = box.upload(large("lines")), asyncio.Event()
+    next((box.server.folder.path / "cache").glob("rows-*")).unlink()
+    begun = count_checks(box, gate)
+
+    with ThreadPoolExecutor(6) as pool:
+        looks = [pool.submit(rows, box, file_id, after=2000, limit=1) for _ in range(6)]
+        until(lambda: begun)
+        assert box.server.checks._processes._value == checks.NUM_PROCESSES  # free for what jobs wait for
+        box.loop.call_soon_threadsafe(gate.set)
+        answers = [look.result(20) for look in looks]
+
+    assert [answer.json()["data"][0]["line"] for answer in answers] == [2001] * 6
+    assert len(begun) == 1
+
+
+def test_a_large_file_without_rows_is_not_checked_at_every_look(box) -> None:
+    content = b"[" + b" " * 300_000 + b"]"
+    made = box.admin.post("/v1/files", files={"file": content}, data={"purpose": "fine-tune"}).json()
+    until(lambda: box.admin.get(f"/files/{made['id']}").json()["status"] == "error")
+    begun = count_checks(box)
+
+    assert rows(box, made["id"]).json()["data"] == []
+    assert begun == []
 
 
 @pytest.mark.parametrize("kind", ["lines", "array"])

@@ -1,8 +1,11 @@
 """The result file: what it holds, that there is one, and that it goes with its job."""
 
+from datetime import timedelta
+
 import pytest
 from sqlmodel import delete, update
 
+from sftd_server.cursors import forgettable
 from sftd_server.openai.results import ResultFiles
 from sftd_server.tables import FileRow, JobRow
 
@@ -105,3 +108,15 @@ def test_result_files_are_made_though_a_deleted_model_can_not_be_put_away_at_the
         if all(result_files(again, job_id) for job_id in others):
             return
     raise AssertionError("they are missing")
+
+
+def test_a_result_file_that_was_deleted_is_not_made_again_for_as_long_as_its_job_is_there(box) -> None:
+    job_id = ended(box)
+    make(box)
+    (file_id,) = result_files(box, job_id)
+    box.admin.delete(f"/files/{file_id}")
+    before = box.clock.now() + timedelta(days=30)
+
+    assert box.run(box.server.db.read(lambda session: forgettable(session, before))) == []
+    box.admin.delete(f"/jobs/{job_id}")
+    assert set(box.run(box.server.db.read(lambda session: forgettable(session, before)))) == {file_id, job_id}

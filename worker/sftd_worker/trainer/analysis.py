@@ -307,7 +307,7 @@ def _choose(
 
 
 def _sketches(looked: LookedOver) -> twins.Sketches:
-    return twins.sketch(looked.table, looked.cached.with_suffix(".twins.npz"))
+    return twins.sketch(looked.table, looked.cached.with_suffix(".twins.safetensors"))
 
 
 def _count(

@@ -7,7 +7,6 @@ their token 5-grams, with locality-sensitive hashing to find the pairs.
 import contextlib
 import hashlib
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 from rensa import RMinHash
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 SHINGLE_TOKENS = 5
 THRESHOLD = 0.8  # estimated Jaccard similarity from which two rows are near duplicates
@@ -61,9 +62,8 @@ def sketch(table: Dataset, cached: Path) -> Sketches:
     if sketches.minhash is not None:
         arrays["minhash"] = sketches.minhash
     try:
-        with unfinished.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # its further keywords are bool
-            file.flush()
+        save_file(arrays, unfinished)
+        with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.rename(cached)
     finally:
