@@ -48,11 +48,9 @@ class Twins:
 
 def sketch(table: Dataset, cached: Path) -> Sketches:
     """Sketches of all rows of a table, from the cache where they have been made before."""
-    with contextlib.suppress(
-        OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
-    ):  # cut short, perhaps
-        with np.load(cached) as kept:
-            found = Sketches(kept["exact"], kept.get("minhash"))
+    with contextlib.suppress(OSError, KeyError, SafetensorError):  # cut short, perhaps
+        kept = load_file(cached)
+        found = Sketches(kept["exact"], kept.get("minhash"))
         if len(found.exact) == len(table):
             os.utime(cached)  # in use
             return found
