@@ -203,15 +203,19 @@ def _head(spec: JobSpec, facts: ModelFacts, batch: BatchFacts, device: Device, p
 
 
 # What the C library and the math libraries hold on a CPU beyond what lives: bytes, and a share of what all layers keep of a
-# micro-batch, by method and gradient checkpointing. Fitted to runs of bench/memory.py.
+# micro-batch, by method, precision and gradient checkpointing. Fitted to runs of bench/memory.py.
 _MIB = 2**20
-_HELD: dict[tuple[str, bool], tuple[int, float]] = {
-    ("full", True): (300 * _MIB, 0.3),
-    ("full", False): (300 * _MIB, 0.5),
-    ("lora", True): (190 * _MIB, 0.15),
-    ("lora", False): (190 * _MIB, 0.8),
-    ("qlora", True): (140 * _MIB, 0.7),
-    ("qlora", False): (170 * _MIB, 0.9),
+_HELD: dict[tuple[str, Precision, bool], tuple[int, float]] = {
+    ("full", "bf16", True): (300 * _MIB, 0.3),
+    ("full", "bf16", False): (300 * _MIB, 0.5),
+    ("full", "fp32", True): (250 * _MIB, 0.05),
+    ("full", "fp32", False): (150 * _MIB, 0.12),
+    ("lora", "bf16", True): (190 * _MIB, 0.15),
+    ("lora", "bf16", False): (190 * _MIB, 0.8),
+    ("lora", "fp32", True): (200 * _MIB, 0.48),
+    ("lora", "fp32", False): (150 * _MIB, 0.48),
+    ("qlora", "bf16", True): (140 * _MIB, 0.7),
+    ("qlora", "bf16", False): (170 * _MIB, 0.9),
 }
 _CUDA_SLACK, _CUDA_BUFFERS = 0.05, 96 * _MIB  # a guess: not measured
 
@@ -231,7 +235,7 @@ def _other(
     copy = 0
     if batch.saves:
         copy = parts.optimizer + (parts.weights if spec.method == "full" else parts.adapter)
-    held, share = _HELD[spec.method, spec.gradient_checkpointing]
+    held, share = _HELD[spec.method, precision, spec.gradient_checkpointing]
     kept = facts.num_layers * _kept_per_layer(facts, batch, _types(spec, precision))
     training = living + parts.weights + parts.adapter
     other = copy + held + math.ceil(share * kept)

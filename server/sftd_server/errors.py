@@ -117,7 +117,7 @@ class Conflict(ApiError):
         self, message: str, *, code: str, param: str | None = None, headers: dict[str, str] | None = None
     ) -> None:
         super().__init__(message, code=code, param=param, headers=headers)
-        self.may_pass = code == "changed_meanwhile"
+        self.may_pass = code in ("changed_meanwhile", "job_stopping")  # it will be over soon
 
 
 class TooLarge(ApiError):
