@@ -103,6 +103,8 @@ def estimate(
     spec: JobSpec, facts: ModelFacts, batch: BatchFacts, *, device: Device, precision: Precision
 ) -> MemoryParts:
     """Bytes on one device at the fullest moment of a run, without the process itself (Python, libraries, CUDA's context)."""
+    if spec.method == "qlora":
+        precision = "bf16"  # whatever the device likes best
     trainable = trainable_parameters(spec, facts)
     share = 1.0
     if spec.gpus > 1 and spec.method == "full" and is_sharded(spec):
