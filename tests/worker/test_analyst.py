@@ -1,5 +1,6 @@
 """Counting for plans on the worker, against a scripted server: leases that break, servers that are away or refuse."""
 
+import hashlib
 import json
 import sys
 import threading
@@ -34,6 +35,12 @@ time.sleep(1)
 """
 
 
+ROWS = b'{"prompt": "a", "completion": "b"}\n'
+FILE = InputFile(
+    file_id="f", filename="rows", sha256=hashlib.sha256(ROWS).hexdigest(), bytes=len(ROWS), path="blobs/x"
+)
+
+
 class Scripted:
     """A server that hands out one count, and answers renewals and endings as it is told."""
 
@@ -51,11 +58,12 @@ class Scripted:
                 self.over.set()  # it asks for more: the first one is done with
                 return httpx.Response(204)
             self.given = True
-            file = InputFile(file_id="f", filename="rows", sha256="ab" * 32, bytes=1, path="blobs/x")
             spec = JobSpec(base_model="org/m", training_file="f")
-            asked = AnalysisRequest(spec=spec, training_file=file)
+            asked = AnalysisRequest(spec=spec, training_file=FILE)
             task = AnalysisTask(id="count_1", token="t", lease_seconds=0.3, request=asked)
             return httpx.Response(200, text=task.model_dump_json())
+        if call == FILE.sha256:
+            return httpx.Response(200, content=ROWS)
         if call == "renew":
             self.renewed += 1
             return self._answer(self.renewals.pop(0) if self.renewals else 200)
@@ -74,16 +82,24 @@ def count(tmp_path: Path) -> Callable[..., Scripted]:
     """Let a worker count once; what it said."""
 
     def go(
-        script: str = SCRIPT, *, renewals: list[int] | None = None, endings: list[int] | None = None
+        script: str = SCRIPT,
+        *,
+        renewals: list[int] | None = None,
+        endings: list[int] | None = None,
+        **settings: Any,
     ) -> Scripted:
         server = Scripted(renewals=renewals or [], endings=endings or [])
         transport = Transport(
             "http://127.0.0.1:1", "k", pause=lambda _: None, wire=httpx.MockTransport(server)
         )
-        settings = WorkerSettings(
-            data=tmp_path, claim_wait_seconds=0, trainer_argv=(sys.executable, "-c", script), key="k"
+        whole = WorkerSettings(
+            data=tmp_path,
+            claim_wait_seconds=0,
+            trainer_argv=(sys.executable, "-c", script),
+            key="k",
+            **settings,
         )
-        analyst = Analyst(Worker(settings, Devices("cpu", (), 1), transport, "boot"))
+        analyst = Analyst(Worker(whole, Devices("cpu", (), 1), transport, "boot"))
         analyst.start()
         assert server.over.wait(30)
         analyst.stop()
@@ -122,3 +138,12 @@ def test_a_process_that_dies_is_told_with_its_last_words(count: Callable[..., Sc
 
     assert "exit code 3" in report["error"]
     assert "no room left" in report["error"]
+
+
+def test_a_worker_with_a_folder_of_its_own_fetches_what_it_counts(
+    count: Callable[..., Scripted], tmp_path: Path
+) -> None:
+    server = count(own_data=True)
+
+    assert [report["analysis"]["largest_tokens"] for report in server.reports] == [7]
+    assert (tmp_path / "blobs/x").read_bytes() == ROWS

@@ -105,8 +105,7 @@ def _work(worker: Worker, name: NameLock) -> None:
     crew = Crew(worker)
     claimer: Claimer | None = None
     analyst = Analyst(worker)
-    if not worker.settings.own_data:  # data to count lies in the server's folder
-        analyst.start()
+    analyst.start()
     registering = _Errand(worker, "register", lambda pause: register(worker, name, pause=pause))
     looking = _Errand(worker, "look", lambda pause: _look_for_lost(worker, pause))
     tidier = Tidier(worker, name)

@@ -7,10 +7,12 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from sftd._transport import backoff_seconds
-from sftd.errors import Conflict, Invalid, NotFound, SftdError, TooLarge
+from sftd.errors import Conflict, ConnectionFailed, Invalid, NotFound, SftdError, TooLarge
+from sftd.files import write_file
 from sftd.protocol import (
     ANALYSIS_FILE,
     ANALYSIS_RESULT_FILE,
@@ -19,12 +21,14 @@ from sftd.protocol import (
     AnalysisJob,
     AnalysisReport,
     AnalysisTask,
+    InputFile,
     Ok,
 )
 from sftd_worker.files import PrepareFailed, base_paths, below
 from sftd_worker.process import HUB_SECRETS, Trainer, secrets_of, trainer_environment
 from sftd_worker.registration import CALL_SECONDS, MOST_BACKOFF_SECONDS
 from sftd_worker.shipper import scrubbed
+from sftd_worker.tidy import touch
 from sftd_worker.worker import Worker
 
 log = logging.getLogger("sftd.worker")
@@ -126,24 +130,48 @@ class Analyst:
         settings, request = self._worker.settings, task.request
         try:
             model, adapter = base_paths(request.spec.base_model, request.base, settings)
-            validation = request.validation_file
+            training, validation = request.training_file, request.validation_file
             job = AnalysisJob(
                 request=request,
                 model_path=model,
                 adapter_path=adapter,
-                training_path=str(below(settings.data, request.training_file.path)),
-                validation_path=str(below(settings.data, validation.path)) if validation else None,
+                training_path=self._path_of(task, training),
+                validation_path=self._path_of(task, validation) if validation else None,
                 cache_dir=str(settings.data / "cache"),
                 trust_remote_code=settings.trust_remote_code,
                 local_files_only=settings.offline,
             )
-        except PrepareFailed as failed:
+        except (PrepareFailed, ConnectionFailed) as failed:
             return AnalysisReport(error=str(failed)[:4000])
         with tempfile.TemporaryDirectory(prefix="sftd-plan-") as name:
             folder = Path(name)
             (folder / "logs").mkdir()
             (folder / ANALYSIS_FILE).write_text(job.model_dump_json(), encoding="utf-8")
             return self._run_process(task, folder)
+
+    def _path_of(self, task: AnalysisTask, file: InputFile) -> str:
+        """Where a file lies here; where the data folder is this worker's own, it is fetched first. Raises SftdError."""
+        path = below(self._worker.settings.data, file.path)
+        if self._worker.settings.own_data:
+            if not path.exists() or path.stat().st_size != file.bytes:
+                self._fetch(task, file, path)
+            touch(path)
+        return str(path)
+
+    def _fetch(self, task: AnalysisTask, file: InputFile, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        url = f"/worker/analyses/{task.id}/inputs/{file.sha256}"
+        with self._worker.transport.stream(url, headers={TOKEN_HEADER: task.token}) as pieces:
+            write_file(path.parent, path.name, self._renewing(task, pieces), sha256=file.sha256)
+
+    def _renewing(self, task: AnalysisTask, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The pieces of a download, which may take longer than the lease lasts."""
+        renew_at = time.monotonic() + task.lease_seconds / 3
+        for piece in pieces:
+            if time.monotonic() > renew_at:
+                self._renew(task)
+                renew_at = time.monotonic() + task.lease_seconds / 3
+            yield piece
 
     def _await_warm(self) -> None:
         """A warm parent at its imports is waited for: they would take no less time in a process of its own."""

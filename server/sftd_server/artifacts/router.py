@@ -126,7 +126,7 @@ async def input_file(
     stored = await server.db.read(lambda session: rights.input_file(session, holder, sha256))
     ((name, file),) = stored.files.items()
     content = await server.uploads.in_thread(server.shelf.open, stored.folder, name, file)
-    return _sent(content, byte_range)
+    return sent(content, byte_range)
 
 
 @router.get("/jobs/{job_id}/files/{kind}/{name}")
@@ -169,7 +169,7 @@ async def folder_file(
         )
     else:
         raise rights.no_such_file(path)
-    return _sent(content, byte_range)
+    return sent(content, byte_range)
 
 
 @router.post("/jobs/{job_id}/restore")
@@ -201,7 +201,8 @@ def _so_far(progress: Progress) -> Response:
     return Response(status_code=308, headers=headers)
 
 
-def _sent(content: Content, byte_range: str | None) -> Response:
+def sent(content: Content, byte_range: str | None) -> Response:
+    """A file as it is streamed, from where the range says."""
     start = 0
     if byte_range is not None:
         first, _, last = byte_range.removeprefix("bytes=").partition("-")

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.responses import StreamingResponse
 
 from sftd.plan import Plan, RenderedRows
 from sftd.protocol import TOKEN_HEADER, AnalysisClaim, AnalysisReport, AnalysisRequest, AnalysisTask, Ok
 from sftd.spec import JOB_REFERENCE, JobSpec
+from sftd_server.artifacts.router import sent
 from sftd_server.auth import Caller, caller_of
 from sftd_server.errors import Conflict, Invalid, Unavailable, error_responses
 from sftd_server.files import store
@@ -162,9 +164,7 @@ async def _counted(
     if report is not None:
         return report, None
     if not await server.db.read(lambda session: service.has_counters(session, server.clock.now())):
-        return None, (
-            "No worker that could count the data is there: start one that sees the server's data folder, then ask again."
-        )
+        return None, ("No worker that could count the data is there: start one, then ask again.")
     report = await server.wait_for(f"analysis:{key}", lambda: server.db.read(look), seconds=wait)
     if report is not None:
         return report, None
@@ -198,6 +198,27 @@ async def claim(request: Request, message: AnalysisClaim, server: ServerDep) -> 
     if task is None:
         return Response(status_code=204)
     return Response(task.model_dump_json(), media_type="application/json")
+
+
+@worker_router.get(
+    "/{analysis_id}/inputs/{sha256}",
+    response_class=StreamingResponse,
+    responses={
+        200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+        **error_responses(404, 409),
+    },
+)
+async def input_file(
+    analysis_id: AnalysisId,
+    sha256: Annotated[str, Path(max_length=64)],
+    token: Token,
+    server: ServerDep,
+) -> Response:
+    """A file that is to be counted, for a worker that does not see the server's data folder."""
+    stored = await server.db.read(lambda session: service.input_file(session, analysis_id, token, sha256))
+    ((name, file),) = stored.files.items()
+    content = await server.uploads.in_thread(server.shelf.open, stored.folder, name, file)
+    return sent(content, None)
 
 
 @worker_router.post("/{analysis_id}/renew")

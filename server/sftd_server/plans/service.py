@@ -12,9 +12,11 @@ from sqlalchemy import ColumnElement
 from sqlmodel import Session, and_, col, delete, func, or_, select, update
 
 from sftd.protocol import Analysis, AnalysisReport, AnalysisRequest, AnalysisTask
+from sftd.schemas import ManifestFile
 from sftd.spec import JobSpec
 from sftd_server.db import touch
-from sftd_server.errors import ApiError, Conflict
+from sftd_server.errors import ApiError, Conflict, NotFound
+from sftd_server.jobs.queries import StoredFiles
 from sftd_server.jobs.scheduling import ALIVE_SECONDS
 from sftd_server.tables import AnalysisRow, WorkerRow
 from sftd_server.workers.registry import Unregistered
@@ -137,12 +139,10 @@ def is_wanted(session: Session, now: datetime) -> bool | None:
 
 
 def has_counters(session: Session, now: datetime) -> bool:
-    """Whether a worker is there that sees the data."""
+    """Whether a worker is there."""
     alive_since = now - timedelta(seconds=ALIVE_SECONDS)
     query = select(WorkerRow.id).where(
-        col(WorkerRow.gone_at).is_(None),
-        col(WorkerRow.shares_data).is_(True),
-        col(WorkerRow.seen_at) >= alive_since,
+        col(WorkerRow.gone_at).is_(None), col(WorkerRow.seen_at) >= alive_since
     )
     return session.exec(query.limit(1)).first() is not None
 
@@ -181,6 +181,19 @@ def claim(session: Session, *, worker_id: str, boot_id: str, now: datetime) -> A
         return None
     request = AnalysisRequest.model_validate(row.request)
     return AnalysisTask(id=row.id, token=token, lease_seconds=LEASE_SECONDS, request=request)
+
+
+def input_file(session: Session, asked: str, token: str, sha256: str) -> StoredFiles:
+    """A file that is to be counted, for the worker that counts it: a manifest of one. Raises Conflict, NotFound."""
+    row = session.exec(select(AnalysisRow).where(*_held(asked, token))).first()
+    if row is None:
+        raise _not_held(asked)
+    request = AnalysisRequest.model_validate(row.request)
+    for file in (request.training_file, request.validation_file):
+        if file is not None and file.sha256 == sha256:
+            folder, _, name = file.path.rpartition("/")
+            return StoredFiles(folder, {name: ManifestFile(bytes=file.bytes, sha256=file.sha256)})
+    raise NotFound(f"{asked} reads no file of hash {sha256[:80]!r}.", code="unknown_file")
 
 
 def renew(session: Session, asked: str, token: str, now: datetime) -> None:

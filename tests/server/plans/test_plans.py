@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.server.conftest import Box
+from tests.server.conftest import ROWS, Box
 
 from sftd.protocol import TOKEN_HEADER
 
@@ -525,3 +525,19 @@ def test_eight_bits_are_not_shared_out(registered: Box) -> None:
 
     assert memory["parts"]["weights"] == 4 * 7_615_616_512
     assert not any("gpus" in words for words in memory["advice"])
+
+
+def test_what_is_to_be_counted_can_be_fetched_while_it_is_held(registered: Box) -> None:
+    ask(registered)
+    task = take(registered).json()
+    sha256 = task["request"]["training_file"]["sha256"]
+
+    def fetch(sha256: str, token: str) -> httpx.Response:
+        url = f"/worker/analyses/{task['id']}/inputs/{sha256}"
+        return registered.worker.get(url, headers={TOKEN_HEADER: token})
+
+    assert fetch(sha256, task["token"]).content == ROWS
+    assert fetch("ab" * 32, task["token"]).status_code == 404
+    assert fetch(sha256, "another").status_code == 409
+    say(registered, task, "finish", {"analysis": COUNTED})
+    assert fetch(sha256, task["token"]).status_code == 409
