@@ -70,7 +70,7 @@ def test_gates_of_a_real_job_are_checked_against_an_earlier_one(
     text = summary.read_text()
     assert text.startswith("before\n### ❌ sftd: ")
     assert f"<{box.url}/jobs/{second}>" in text
-    assert "| metadata git_sha | 0123456 |" in text
+    assert "| metadata git\\_sha | 0123456 |" in text
     assert second in sftd("ls", "--metadata", "git_sha=0123456").out
     assert first not in sftd("ls", "--metadata", "git_sha=0123456").out
 

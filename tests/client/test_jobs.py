@@ -344,13 +344,15 @@ def test_a_file_is_written_only_if_it_is_the_one_on_record(
 
 
 def test_rows_come_page_by_page(scripted: "ScriptedServer", answer: Callable[..., Any]) -> None:
+    row = {"format": "text", "messages": None, "weights": [], "tools": None, "problem": None}
     scripted.will_answer(
-        answer(body=page({"line": 7, "text": "a"}, next_after=7)), answer(body=page({"line": 8, "text": "b"}))
+        answer(body=page({**row, "line": 7, "text": "a"}, next_after=7)),
+        answer(body=page({**row, "line": 8, "text": "b"})),
     )
 
     rows = list(scripted.client().files.rows("file_1", after=6))
 
-    assert [(row.line, row.model_dump()["text"]) for row in rows] == [(7, "a"), (8, "b")]
+    assert [(row.line, row.text) for row in rows] == [(7, "a"), (8, "b")]
     assert [request.path for request in scripted.requests] == [
         "/files/file_1/rows?after=6",
         "/files/file_1/rows?after=7",
