@@ -85,9 +85,13 @@ class Files:
         limit: int = 3,
         train_on: str = "completion",
         max_seq_length: int = 2048,
+        timeout_seconds: float = 60.0,
     ) -> RenderedRows:
         """Rows through a model's chat template, with what carries the loss marked:
-        `client.files.preview("file_…", base_model="Qwen/Qwen2.5-7B-Instruct").data[0].segments`."""
+        `client.files.preview("file_…", base_model="Qwen/Qwen2.5-7B-Instruct").data[0].segments`.
+
+        Raises WaitTimeout where no worker has rendered them in time.
+        """
         params: dict[str, str | int] = {
             "base_model": base_model,
             "after": after,
@@ -95,7 +99,17 @@ class Files:
             "train_on": train_on,
             "max_seq_length": max_seq_length,
         }
-        return self._transport.request("GET", f"{_path(file_id)}/preview", params=params).parse(RenderedRows)
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            asked_at = time.monotonic()
+            found = self._transport.request("GET", f"{_path(file_id)}/preview", params=params).parse(
+                RenderedRows
+            )
+            if found.complete:
+                return found
+            if time.monotonic() >= deadline:
+                raise WaitTimeout(found.incomplete or f"{file_id} is still being counted.")
+            self._pause(max(0.0, POLL_SECONDS - (time.monotonic() - asked_at)))
 
     def wait(self, file_id: str, *, timeout_seconds: float | None = None) -> File:
         """Wait until the rows of a file are checked and return it; raise FileFailed where they are wrong."""

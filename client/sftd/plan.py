@@ -214,5 +214,7 @@ class RenderedRows(Answer):
     """Rows of a file as a model would see them."""
 
     object: Literal["rendered_rows"] = "rendered_rows"
+    complete: bool = Field(description="The rows are there; else ask again when `incomplete` says so.")
+    incomplete: str | None
     data: list[RenderedRow]
     problems: list[PlanProblem] = Field(description="Why a row that was asked for cannot be shown.")

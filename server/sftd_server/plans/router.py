@@ -12,7 +12,7 @@ from sftd.protocol import TOKEN_HEADER, AnalysisClaim, AnalysisReport, AnalysisR
 from sftd.spec import JOB_REFERENCE, JobSpec
 from sftd_server.artifacts.router import sent
 from sftd_server.auth import Caller, caller_of
-from sftd_server.errors import Conflict, Invalid, Unavailable, error_responses
+from sftd_server.errors import Conflict, Invalid, error_responses
 from sftd_server.files import store
 from sftd_server.jobs import posting, submission
 from sftd_server.jobs.router import SPEC_BODY
@@ -86,7 +86,10 @@ async def preview(
     max_seq_length: Annotated[int, Query(ge=2, le=4_194_304)] = 2048,
     wait: Wait = 20,
 ) -> RenderedRows:
-    """Rows as the model will see them, through its chat template, with what carries the loss marked."""
+    """Rows as the model will see them, through its chat template, with what carries the loss marked.
+
+    A worker renders them: where that takes longer than `wait`, the answer has `complete: false` and can be asked for again.
+    """
     await server.db.read(lambda session: store.file(session, file_id))  # a 404 where there is none
     value = {
         "base_model": base_model,
@@ -102,10 +105,11 @@ async def preview(
     lines = list(range(after + 1, after + 1 + limit))
     report, incomplete = await _counted(server, caller, asked.model_copy(update={"lines": lines}), wait)
     if report is None:
-        raise Unavailable(incomplete or "The rows are being counted; ask again.", code="counting")
+        return RenderedRows(complete=False, incomplete=incomplete, data=[], problems=[])
     if report.analysis is None:
         raise Conflict(f"The rows could not be rendered: {report.error}", code="not_counted")
-    return RenderedRows(data=report.analysis.rows, problems=report.analysis.problems)
+    analysis = report.analysis
+    return RenderedRows(complete=True, incomplete=None, data=analysis.rows, problems=analysis.problems)
 
 
 def _known(named: Sequence[str]) -> list[str]:
