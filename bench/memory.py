@@ -3,11 +3,13 @@
     python -m bench.memory [--shapes 30m 98m 200m] [--precisions auto] > bench/results/memory.jsonl
 
 The estimate comes the way of a plan: rows and model are counted by `sftd_worker.trainer.analysis`, the parts added up by
-`sftd.footprint`. Every run saves a checkpoint and evaluates on the way. One JSON line a case; `error` is estimate / measured - 1.
+`sftd.footprint`. Every run saves a checkpoint and evaluates on the way. How the C library's heap is cut up differs from run to run,
+so that the median of some runs counts. One JSON line a case; `error` is estimate / measured - 1.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -42,16 +44,18 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--precisions", nargs="+", choices=("auto", "bf16", "fp32"), default=("auto",))
     parser.add_argument("--batch", type=int, default=4, help="rows of about 256 tokens in a micro-batch")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each case; the median counts")
+    parser.add_argument("--checkpointing", nargs="+", choices=("on", "off"), default=("on", "off"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sftd-bench-") as work:
         for shape in arguments.shapes:
             folder = _build(Path(work) / shape, shape)
             for precision in arguments.precisions:
                 for method in arguments.methods:
-                    for checkpointing in (True, False):
-                        spec = _spec(folder, method, precision, arguments.batch, checkpointing=checkpointing)
+                    for word in arguments.checkpointing:
+                        spec = _spec(folder, method, precision, arguments.batch, checkpointing=word == "on")
                         line = {"case": "memory", "shape": shape, "method": method, "precision": precision}
-                        print(json.dumps({**line, **_case(folder, spec)}), flush=True)
+                        print(json.dumps({**line, **_case(folder, spec, arguments.rounds)}), flush=True)
 
 
 def _build(folder: Path, shape: str) -> Path:
@@ -86,11 +90,14 @@ def _spec(folder: Path, method: str, precision: str, batch: int, *, checkpointin
     return JobSpec.model_validate(fields)
 
 
-def _case(folder: Path, spec: JobSpec) -> dict[str, Any]:
+def _case(folder: Path, spec: JobSpec, rounds: int) -> dict[str, Any]:
+    runs = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            runs.append(_measured(folder, spec, Path(name)))
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        run = Path(name)
-        measured = _measured(folder, spec, run)
-        counted = _counted(folder, spec, run)
+        counted = _counted(folder, spec, Path(name))
+    measured = statistics.median(runs)
     assert counted.model is not None
     batch = BatchFacts(counted.largest_tokens, counted.largest_supervised, counted.longest_row)
     parts = estimate(spec, counted.model, batch, device="cpu", precision=_precision(spec, counted))
@@ -98,6 +105,7 @@ def _case(folder: Path, spec: JobSpec) -> dict[str, Any]:
         "gradient_checkpointing": spec.gradient_checkpointing,
         "tokens": batch.num_tokens,
         "measured_mib": round(measured / 2**20),
+        "all_measured_mib": [round(run / 2**20) for run in runs],
         "estimated_mib": round(total(parts) / 2**20),
         "error": round(total(parts) / measured - 1, 3),
         "parts_mib": {part: round(value / 2**20) for part, value in parts.model_dump().items()},
