@@ -65,6 +65,7 @@ bench: setup
 	$(BIN)/python -m bench.training --case all
 	$(BIN)/python -m bench.start
 	$(BIN)/python -m bench.upload
+	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.profile_step
 	$(BIN)/python -m bench.gpu
 
