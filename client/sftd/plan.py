@@ -24,6 +24,34 @@ class PlanProblem(Answer):
     remedy: str | None
 
 
+def error(
+    message: str,
+    *,
+    field: str | None = None,
+    file: str | None = None,
+    line: int | None = None,
+    row_field: str | None = None,
+) -> PlanProblem:
+    """Something that would stop the job. What to do stands behind the last semicolon of the message, as in all of ours."""
+    what, mark, remedy = message.rpartition("; ")
+    return PlanProblem(
+        severity="error",
+        field=field,
+        file=file,
+        line=line,
+        row_field=row_field,
+        message=what if mark else message,
+        remedy=remedy if mark else None,
+    )
+
+
+def warning(field: str | None, message: str, remedy: str | None) -> PlanProblem:
+    """Something that the job's owner should know."""
+    return PlanProblem(
+        severity="warning", field=field, file=None, line=None, row_field=None, message=message, remedy=remedy
+    )
+
+
 class Lines(Answer):
     """Rows of a file, by line."""
 

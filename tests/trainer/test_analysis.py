@@ -343,3 +343,12 @@ def test_problems_beyond_those_that_are_told_are_counted(
 
     assert len([problem for problem in counted.problems if problem.line]) == 5
     assert counted.num_problems == 8
+
+
+def test_a_file_of_which_no_row_is_left_is_told_as_a_problem(analyse: Analyse) -> None:
+    counted = analyse([row("say much", "word " * 200)] * 3, max_seq_length=64, on_overlong="drop")
+
+    (problem,) = [problem for problem in counted.problems if problem.severity == "error"]
+    assert (problem.field, problem.file) == ("training_file", "file_1")
+    assert "no row is left" in problem.message
+    assert counted.training is None

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 KEY = "worker-key-of-the-tests"
 INSTALLATION = "installation-of-the-tests"
 JOB = "job_1"
+NOT_SERVED = "/worker/analyses/"  # it plans nothing
 
 
 @dataclass
@@ -184,12 +185,10 @@ class FakeServer:
         fault: Fault | None = None
         with self.lock:
             self._open.append(handler.connection)
-            if handler.path.startswith("/worker/analyses/"):  # it plans nothing
-                status, headers, answer = 404, {}, _error("no route", "unknown_route")
-            else:
+            if not handler.path.startswith(NOT_SERVED):
                 self.calls.append((handler.path, body))
                 fault = self._fault(handler.path, body)
-            if not handler.path.startswith("/worker/analyses/") and (fault is None or fault.serve_first):
+            if fault is None or fault.serve_first:
                 status, headers, answer = self._answer(handler, body)
             if fault is not None and fault.status is not None:
                 status, headers = fault.status, fault.headers
@@ -218,6 +217,8 @@ class FakeServer:
     def _answer(
         self, handler: BaseHTTPRequestHandler, body: dict[str, Any]
     ) -> tuple[int, dict[str, str], Any]:
+        if handler.path.startswith(NOT_SERVED):
+            return 404, {}, _error("no route", "unknown_route")
         call = handler.path.rsplit("/", 1)[1]
         if handler.headers["Authorization"] != f"Bearer {KEY}":
             return 401, {}, _error("no key")

@@ -16,11 +16,10 @@ from sftd.footprint import (
     total,
     trainable_parameters,
 )
-from sftd.plan import DiskPlan, MemoryPlan, ParametersPlan, Plan, PlanProblem, StepsPlan
+from sftd.plan import DiskPlan, MemoryPlan, ParametersPlan, Plan, PlanProblem, StepsPlan, error, warning
 from sftd.protocol import MAX_PLAN_PROBLEMS, Analysis, AnalysisReport
 from sftd.spec import JobSpec
 from sftd_server.jobs.submission import Look
-from sftd_server.mistakes import Mistake
 from sftd_server.plans.devices import Target, targets
 from sftd_server.plans.timing import time_plan
 from sftd_server.settings import Settings
@@ -47,7 +46,7 @@ def assemble(session: Session, parts: Parts, settings: Settings, now: datetime) 
     spec = parts.look.spec or parts.counted
     analysis = parts.report.analysis if parts.report else None
     incomplete = parts.incomplete
-    problems = [_of_mistake(mistake) for mistake in parts.look.mistakes]
+    problems = [error(mistake.message, field=mistake.field) for mistake in parts.look.mistakes]
     if parts.report is not None and analysis is None:
         incomplete = f"The data could not be counted: {parts.report.error}. Ask again when that is mended."
     num_problems = len(problems)
@@ -65,7 +64,7 @@ def assemble(session: Session, parts: Parts, settings: Settings, now: datetime) 
             memory = [_memory(spec, facts, analysis, device) for device in devices]
             problems += _about_memory(memory)
         if facts is not None and steps is not None:
-            disk = _disk(spec, facts, steps, settings, cpu_precision)
+            disk = _disk(spec, facts, steps, settings)
             problems += _about_disk(disk)
         time = time_plan(
             session,
@@ -78,7 +77,7 @@ def assemble(session: Session, parts: Parts, settings: Settings, now: datetime) 
         )
     if num_problems > MAX_PLAN_PROBLEMS:
         more = num_problems - MAX_PLAN_PROBLEMS
-        problems = [*problems[:MAX_PLAN_PROBLEMS], _warning(None, f"and {more:,} more problems", None)]
+        problems = [*problems[:MAX_PLAN_PROBLEMS], warning(None, f"and {more:,} more problems", None)]
     stands_in_the_way = any(problem.severity == "error" for problem in problems)
     return Plan(
         ok=not stands_in_the_way and parts.look.spec is not None,
@@ -172,9 +171,7 @@ def _smaller(spec: JobSpec, batch: BatchFacts) -> Iterator[tuple[str, str, JobSp
     yield "shorter", words, slower, shorter
 
 
-def _disk(
-    spec: JobSpec, facts: ModelFacts, steps: StepsPlan, settings: Settings, cpu_precision: str
-) -> DiskPlan:
+def _disk(spec: JobSpec, facts: ModelFacts, steps: StepsPlan, settings: Settings) -> DiskPlan:
     each = checkpoint_bytes(spec, facts)
     kept = spec.keep_checkpoints or settings.keep_checkpoints
     # The best one is kept besides, and a new one is written before an old one goes.
@@ -195,37 +192,12 @@ def _disk(
 # ---------------------------------------------------------------- problems
 
 
-def _of_mistake(mistake: Mistake) -> PlanProblem:
-    what, mark, remedy = mistake.message.rpartition("; ")
-    return PlanProblem(
-        severity="error",
-        field=mistake.field,
-        file=None,
-        line=None,
-        row_field=None,
-        message=what if mark else mistake.message,
-        remedy=remedy if mark else None,
-    )
-
-
-def _warning(field: str | None, message: str, remedy: str | None) -> PlanProblem:
-    return PlanProblem(
-        severity="warning",
-        field=field,
-        file=None,
-        line=None,
-        row_field=None,
-        message=message,
-        remedy=remedy,
-    )
-
-
 def _warnings(spec: JobSpec, analysis: Analysis | None) -> list[PlanProblem]:
     """What would run, and is hardly meant."""
     found = []
     if spec.learning_rate > _HIGH_RATES[spec.method]:
         found.append(
-            _warning(
+            warning(
                 "learning_rate",
                 f"{spec.learning_rate:g} is high for {spec.method}: the loss may diverge",
                 f"{_HIGH_RATES[spec.method]:g} or less is usual",
@@ -233,7 +205,7 @@ def _warnings(spec: JobSpec, analysis: Analysis | None) -> list[PlanProblem]:
         )
     if spec.learning_rate < _LOW_RATES[spec.method]:
         found.append(
-            _warning(
+            warning(
                 "learning_rate",
                 f"{spec.learning_rate:g} is low for {spec.method}: little may be learned",
                 f"{_LOW_RATES[spec.method]:g} or more is usual",
@@ -250,7 +222,7 @@ def _about_steps(spec: JobSpec, steps: StepsPlan) -> list[PlanProblem]:
     found = []
     if steps.warmup_steps >= steps.total_steps:
         found.append(
-            _warning(
+            warning(
                 "warmup_ratio" if spec.warmup_ratio is not None else "warmup_steps",
                 f"the warm-up ({steps.warmup_steps} steps) is as long as the run ({steps.total_steps}): learning_rate is never"
                 " reached",
@@ -259,7 +231,7 @@ def _about_steps(spec: JobSpec, steps: StepsPlan) -> list[PlanProblem]:
         )
     elif steps.warmup_steps > steps.total_steps / 2:
         found.append(
-            _warning(
+            warning(
                 "warmup_steps",
                 f"the warm-up takes {steps.warmup_steps} of {steps.total_steps} steps",
                 f"{max(1, steps.total_steps // 20)} or so is usual",
@@ -268,7 +240,7 @@ def _about_steps(spec: JobSpec, steps: StepsPlan) -> list[PlanProblem]:
     if steps.num_epochs > MANY_EPOCHS:
         field = "num_epochs" if spec.num_epochs is not None else "max_steps"
         found.append(
-            _warning(
+            warning(
                 field,
                 f"every row is seen {steps.num_epochs:.0f} times: the model will learn them by heart",
                 f"{max(1, steps.total_steps * 3 // round(steps.num_epochs))} steps are three epochs",
@@ -276,7 +248,7 @@ def _about_steps(spec: JobSpec, steps: StepsPlan) -> list[PlanProblem]:
         )
     elif steps.num_epochs < 1:
         found.append(
-            _warning(
+            warning(
                 "num_epochs" if spec.num_epochs is not None else "max_steps",
                 f"the run ends after {steps.num_epochs:.0%} of the rows: the others are never seen",
                 f"an epoch is {round(steps.steps_per_epoch)} steps",
@@ -284,7 +256,7 @@ def _about_steps(spec: JobSpec, steps: StepsPlan) -> list[PlanProblem]:
         )
     if steps.total_steps > 1 and spec.save_steps > steps.total_steps:
         found.append(
-            _warning(
+            warning(
                 "save_steps",
                 f"is more than the run's {steps.total_steps} steps: there is no checkpoint before its end to resume from",
                 "lower it",
@@ -324,7 +296,7 @@ def _about_rows(analysis: Analysis | None, steps: StepsPlan) -> list[PlanProblem
         near = overlap.near.count if overlap.near is not None else 0
         if overlap.exact.count or near:
             found.append(
-                _warning(
+                warning(
                     "validation_file",
                     f"{overlap.exact.count:,} validation rows stand among the training rows as well, {near:,} more nearly so:"
                     " eval_loss will look better than it is",
@@ -335,7 +307,7 @@ def _about_rows(analysis: Analysis | None, steps: StepsPlan) -> list[PlanProblem
 
 
 def _about_lines(message: str, remedy: str) -> PlanProblem:
-    return _warning("training_file", message, remedy)
+    return warning("training_file", message, remedy)
 
 
 def _about_memory(memory: list[MemoryPlan]) -> list[PlanProblem]:
@@ -362,7 +334,7 @@ def _about_disk(disk: DiskPlan) -> list[PlanProblem]:
     if disk.fits:
         return []
     return [
-        _warning(
+        warning(
             "keep_checkpoints",
             f"checkpoints and result take up to {disk.total_bytes / 2**30:.1f} GiB, and {disk.free_bytes / 2**30:.1f} GiB are"
             " free",

@@ -37,6 +37,8 @@ from sftd.plan import (
     RenderedRow,
     Segment,
     StepsPlan,
+    error,
+    warning,
 )
 from sftd.protocol import (
     ANALYSIS_FILE,
@@ -103,7 +105,7 @@ def analyse(folder: Path) -> None:
         report = AnalysisReport(analysis=_analysis(job))
     except RunFailed as failure:
         field = "base_model" if failure.reason.startswith("model") else None
-        report = AnalysisReport(analysis=_only(_error(field, None, str(failure))))
+        report = AnalysisReport(analysis=_only(error(str(failure), field=field)))
     unfinished = folder / f".{ANALYSIS_RESULT_FILE}"
     unfinished.write_text(report.model_dump_json())
     unfinished.rename(folder / ANALYSIS_RESULT_FILE)
@@ -234,15 +236,14 @@ def _about_model(spec: JobSpec, facts: ModelFacts) -> list[PlanProblem]:
     known = sorted({linear.name for linear in facts.linears})
     for name in unknown:
         found.append(
-            _error(
-                "lora.target_modules",
-                None,
+            error(
                 f"{name!r} is no linear layer of this model; its layers are {', '.join(known)[:500]}",
+                field="lora.target_modules",
             )
         )
     if facts.max_positions is not None and spec.max_seq_length > facts.max_positions:
         found.append(
-            _warning(
+            warning(
                 "max_seq_length",
                 f"{spec.max_seq_length} is more than the {facts.max_positions} positions that the model was trained on",
                 "lower it, unless the model is meant to learn longer ones",
@@ -250,7 +251,7 @@ def _about_model(spec: JobSpec, facts: ModelFacts) -> list[PlanProblem]:
         )
     if not facts.has_template:
         found.append(
-            _warning(
+            warning(
                 "base_model",
                 "the model brings no chat template: ChatML is used, and saved with the result",
                 "name an instruct model if it should have its own",
@@ -287,7 +288,7 @@ def _choose(
             for_training, for_validation = split_by_hash(looked.table, spec.validation_split)
             training, validation = np.flatnonzero(for_training), np.flatnonzero(for_validation)
         except RunFailed as failure:
-            problems.append(_error("validation_split", None, str(failure).removeprefix("validation_split: ")))
+            problems.append(error(str(failure).removeprefix("validation_split: "), field="validation_split"))
     sketches = _sketches(looked)
     first = _count(spec, "training_file", file, looked, training, sketches)
     second = None
@@ -299,8 +300,10 @@ def _choose(
     for part, what in ((first, "training"), (second, "validation")):
         if part is not None and not len(part.rows):
             problems.append(
-                _error(
-                    part.role, part.file.file_id, f"no row is left for {what}; see what was left out and why"
+                error(
+                    f"no row is left for {what}; see what was left out and why",
+                    field=part.role,
+                    file=part.file.file_id,
                 )
             )
     return (first if len(first.rows) else None), (second if second and len(second.rows) else None), problems
@@ -590,15 +593,8 @@ def _layout(spec: JobSpec, training: _Counted) -> _Layout:
 
 def _problems_of(looked: LookedOver, role: Role, file: InputFile) -> Iterator[PlanProblem]:
     for problem in looked.problems:
-        what, remedy = _with_remedy(problem.message)
-        yield PlanProblem(
-            severity="error",
-            field=role,
-            file=file.file_id,
-            line=problem.line,
-            row_field=problem.field,
-            message=what,
-            remedy=remedy,
+        yield error(
+            problem.message, field=role, file=file.file_id, line=problem.line, row_field=problem.field
         )
 
 
@@ -608,34 +604,14 @@ def _overlong(spec: JobSpec, part: _Counted) -> Iterator[PlanProblem]:
         return
     lengths = column(part.looked.table, "num_tokens")
     for row in part.overlong[:MAX_PLAN_PROBLEMS]:
-        yield PlanProblem(
-            severity="error",
+        yield error(
+            f"has {lengths[row]} tokens, more than max_seq_length {spec.max_seq_length}; raise max_seq_length, shorten the"
+            " row, or set on_overlong to truncate or drop",
             field=part.role,
             file=part.file.file_id,
             line=int(part.lines[row]),
             row_field="row",
-            message=f"has {lengths[row]} tokens, more than max_seq_length {spec.max_seq_length}",
-            remedy="raise max_seq_length, shorten the row, or set on_overlong to truncate or drop",
         )
-
-
-def _with_remedy(message: str) -> tuple[str, str | None]:
-    """What is wrong, and what to do: our messages put a semicolon between the two."""
-    what, mark, remedy = message.rpartition("; ")
-    return (what, remedy) if mark else (message, None)
-
-
-def _error(field: str | None, file: str | None, message: str) -> PlanProblem:
-    what, remedy = _with_remedy(message)
-    return PlanProblem(
-        severity="error", field=field, file=file, line=None, row_field=None, message=what, remedy=remedy
-    )
-
-
-def _warning(field: str, message: str, remedy: str) -> PlanProblem:
-    return PlanProblem(
-        severity="warning", field=field, file=None, line=None, row_field=None, message=message, remedy=remedy
-    )
 
 
 def _only(problem: PlanProblem) -> Analysis:
