@@ -27,6 +27,7 @@ job = json.loads((workdir / "job.json").read_text())
 spec = job["spec"]
 told = spec["metadata"]
 seed = int(spec["seed"])
+spool = (workdir / "logs" / "events.jsonl").open("ab")
 asked: list[int] = []
 
 
@@ -142,13 +143,9 @@ def fsync(folder: Path) -> None:
 
 
 def say(**line: object) -> None:
-    """Append a line to the spool, in one write."""
-    whole = json.dumps({"attempt": job["attempt"], "at": time.time(), **line}) + "\n"
-    handle = os.open(workdir / "logs" / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    try:
-        os.write(handle, whole.encode())
-    finally:
-        os.close(handle)
+    """Append a line to the spool, whole: what a full disk leaves over of it stays in the buffer, before the next one."""
+    spool.write((json.dumps({"attempt": job["attempt"], "at": time.time(), **line}) + "\n").encode())
+    spool.flush()
 
 
 # ---------------------------------------------------------------- no two trainers on one lock

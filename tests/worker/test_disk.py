@@ -1,5 +1,6 @@
 """A disk that fills up: a job is put aside before its checkpoint fails, and goes on by itself when there is space."""
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -12,7 +13,7 @@ import pytest
 from tests.disks import MIB, fill, small_disk
 from tests.worker.conftest import HERE, Box
 
-from sftd.protocol import CheckpointLine, EventLine
+from sftd.protocol import TRAINER_LINE, CheckpointLine, EventLine
 from sftd_worker.disk import (
     DiskWatch,
     Hold,
@@ -24,6 +25,7 @@ from sftd_worker.disk import (
     naming,
     stage_bytes,
 )
+from sftd_worker.trainer.events import Events
 
 if TYPE_CHECKING:
     from conftest import FakeServer, WorkerProcess
@@ -33,6 +35,28 @@ if TYPE_CHECKING:
 def disk(tmp_path: Path) -> Iterator[Path]:
     with small_disk(tmp_path / "disk", 16) as folder:
         yield folder
+
+
+# ---------------------------------------------------------------- the trainer's voice
+
+
+def test_a_line_that_a_full_disk_has_cut_is_made_whole_when_there_is_space(disk: Path) -> None:
+    events = Events(disk, attempt=1)
+    filler = fill(disk)
+
+    said = 0
+    with contextlib.suppress(OSError):
+        while said < 10_000:  # of the last line the part that fits is written; only then does a write fail
+            said += 1
+            events.step(said, {"loss": 0.5})
+    cut = (disk / "events.jsonl").read_bytes()
+    filler.unlink()
+    events.step(said + 1, {"loss": 0.5})
+
+    assert said < 10_000
+    assert not cut.endswith(b"\n")
+    lines = [TRAINER_LINE.validate_json(line) for line in (disk / "events.jsonl").read_bytes().splitlines()]
+    assert [line.step for line in lines if line.type == "step"] == list(range(1, said + 2))
 
 
 # ---------------------------------------------------------------- looking
