@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sftd.cli.data import BAR_BYTES
 from sftd.config import config_path, read_config
 
 if TYPE_CHECKING:
@@ -215,6 +216,24 @@ def test_files_are_listed_shown_fetched_and_deleted(
     assert (tmp_path / "out.jsonl").read_bytes() == rows.read_bytes()
     assert json.loads(sftd("files", "rm", sent["id"], "--json").out) == {"id": sent["id"], "deleted": True}
     assert sftd("files", "show", sent["id"]).code == 2
+
+
+def test_a_large_upload_to_a_terminal_has_a_bar(
+    box: "Box", sftd: Sftd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = tmp_path / "large.jsonl"
+    row = json.dumps({"prompt": "q" * 4000, "completion": "a"}) + "\n"
+    large.write_text(row * (BAR_BYTES // len(row) + 1))
+    quiet = sftd("upload", large)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+
+    barred = sftd("upload", large)
+
+    assert (quiet.code, barred.code) == (0, 0)
+    assert "8.4/8.4 MB" not in quiet.err
+    assert "8.4/8.4 MB" in barred.err
+    shown = json.loads(sftd("files", "show", barred.out.strip(), "--json").out)
+    assert shown["sha256"] == hashlib.sha256(large.read_bytes()).hexdigest()
 
 
 def test_a_file_is_fetched_to_a_name_in_this_folder(

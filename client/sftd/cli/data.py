@@ -1,12 +1,15 @@
 """Commands for data files: `sftd check`, `sftd upload`, `sftd files …`."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import open as open_with_bar
 
 from sftd.cli.app import JOBS, AsJson, app, files, say_deleted
 from sftd.client import Client
@@ -17,6 +20,7 @@ from sftd.schemas import File, RowPreview
 
 DataFile = Annotated[Path, typer.Argument(help="Data file, JSONL or a JSON array.")]
 FileId = Annotated[str, typer.Argument(metavar="ID", help="Id of the file.")]
+BAR_BYTES = 8 * 1024 * 1024  # smaller files are gone before a bar could be read
 Purpose = Annotated[str, typer.Option(help="What it is for.")]
 
 
@@ -141,8 +145,14 @@ def remove_file(file_id: FileId, as_json: AsJson = False) -> None:
 
 
 def upload_file(client: Client, path: Path, *, purpose: str = "fine-tune") -> File:
-    """Upload, with a remark on what was understood."""
-    file = client.files.upload(path, purpose=purpose)
+    """Upload, with a bar for a large file on a terminal and a remark on what was understood."""
+    console = Console(stderr=True)
+    readable = path.is_file() and os.access(path, os.R_OK)  # what is not, the plain way has the words for
+    if console.is_terminal and readable and path.stat().st_size >= BAR_BYTES:
+        with open_with_bar(path, "rb", description=printable(path.name), console=console) as opened:
+            file = client.files.create(file=opened, filename=path.name, purpose=purpose)
+    else:
+        file = client.files.upload(path, purpose=purpose)
     rows = f", {file.num_rows:,} rows" if file.num_rows is not None else ""
     say(f"{path} uploaded as {file.id}{rows}")
     return file

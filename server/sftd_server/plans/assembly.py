@@ -10,6 +10,7 @@ from sqlmodel import Session
 from sftd.footprint import (
     BatchFacts,
     ModelFacts,
+    Precision,
     checkpoint_bytes,
     estimate,
     result_bytes,
@@ -64,7 +65,8 @@ def assemble(session: Session, parts: Parts, settings: Settings, now: datetime) 
             memory = [_memory(spec, facts, analysis, device) for device in devices]
             problems += _about_memory(memory)
         if facts is not None and steps is not None:
-            disk = _disk(spec, facts, steps, settings)
+            in_fp32 = any(_precision(spec, device) == "fp32" for device in devices)
+            disk = _disk(spec, facts, steps, settings, precision="fp32" if in_fp32 else "bf16")
             problems += _about_disk(disk)
         time = time_plan(
             session,
@@ -108,11 +110,7 @@ def _parameters(spec: JobSpec, facts: ModelFacts) -> ParametersPlan:
 
 def _memory(spec: JobSpec, facts: ModelFacts, analysis: Analysis, target: Target) -> MemoryPlan:
     batch = BatchFacts(analysis.largest_tokens, analysis.largest_supervised, analysis.longest_row)
-    precision = target.precision
-    if spec.precision != "auto":
-        precision = spec.precision
-    elif spec.method == "qlora":
-        precision = "bf16"
+    precision = _precision(spec, target)
 
     def needed(spec: JobSpec, batch: BatchFacts) -> int:
         return total(estimate(spec, facts, batch, device=target.device, precision=precision))
@@ -137,6 +135,13 @@ def _memory(spec: JobSpec, facts: ModelFacts, analysis: Analysis, target: Target
         fits=fits,
         advice=advice,
     )
+
+
+def _precision(spec: JobSpec, target: Target) -> Precision:
+    """What the run's products are computed in on that device."""
+    if spec.precision != "auto":
+        return spec.precision
+    return "bf16" if spec.method == "qlora" else target.precision
 
 
 def _smaller(spec: JobSpec, batch: BatchFacts) -> Iterator[tuple[str, str, JobSpec, BatchFacts]]:
@@ -171,12 +176,15 @@ def _smaller(spec: JobSpec, batch: BatchFacts) -> Iterator[tuple[str, str, JobSp
     yield "shorter", words, slower, shorter
 
 
-def _disk(spec: JobSpec, facts: ModelFacts, steps: StepsPlan, settings: Settings) -> DiskPlan:
+def _disk(
+    spec: JobSpec, facts: ModelFacts, steps: StepsPlan, settings: Settings, *, precision: Precision
+) -> DiskPlan:
+    """`precision`: the widest that any of the devices would compute in, which a full result is saved in."""
     each = checkpoint_bytes(spec, facts)
     kept = spec.keep_checkpoints or settings.keep_checkpoints
     # The best one is kept besides, and a new one is written before an old one goes.
     most = min(steps.num_checkpoints, kept + 2)
-    result = result_bytes(spec, facts, "fp32" if spec.precision == "fp32" else "bf16")
+    result = result_bytes(spec, facts, precision)
     free = shutil.disk_usage(settings.data).free
     needed = most * each + result
     return DiskPlan(

@@ -298,6 +298,17 @@ def test_named_types_are_planned_for_beside_those_that_are_there(registered: Box
     ]
 
 
+def test_the_result_is_as_wide_as_any_device_would_save_it(registered: Box) -> None:
+    ask(registered, method="full")
+    counted(registered)
+
+    as_stored = ask(registered, method="full")["disk"]
+    in_fp32 = ask(registered, method="full", gpu=["V100"])["disk"]
+
+    assert as_stored["result_bytes"] == 2 * 7_615_616_512
+    assert in_fp32["result_bytes"] == 4 * 7_615_616_512
+
+
 def test_an_unknown_type_is_refused_with_those_that_are_known(box: Box) -> None:
     answer = box.admin.post("/jobs/plan", params={"gpu": "H9000"}, json=box.spec())
 
