@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Depends, Request
 from sqlmodel import Session, col, delete, select, update
 from starlette.datastructures import Headers
 
@@ -208,6 +208,9 @@ def caller_of(request: Request) -> Caller:
     caller = request.scope["state"]["caller"]
     assert isinstance(caller, Caller)
     return caller
+
+
+CallerDep = Annotated[Caller, Depends(caller_of)]
 
 
 def is_docs(path: str) -> bool:

@@ -6,15 +6,13 @@ from fastapi import APIRouter, Depends, Path
 from sqlmodel import Session, select
 
 from sftd.schemas import Key, KeyChange, KeyRequest, NewKey, OwnKey, Page
-from sftd_server.auth import Caller, caller_of
+from sftd_server.auth import CallerDep
 from sftd_server.errors import Unauthorized, error_responses
 from sftd_server.jobs import limits
-from sftd_server.server import Server, server_of
+from sftd_server.server import ServerDep
 from sftd_server.strict_json import StrictRoute
 from sftd_server.tables import KeyRow
 
-ServerDep = Annotated[Server, Depends(server_of)]
-CallerDep = Annotated[Caller, Depends(caller_of)]
 KeyId = Annotated[str, Path(max_length=64, examples=["key_7k2mq9x4w3pz"])]
 
 

@@ -6,9 +6,9 @@ import contextvars
 import functools
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Request
 from sqlalchemy import text
 from sqlmodel import Session
 
@@ -109,6 +109,9 @@ def server_of(request: Request) -> Server:
     server = request.app.state.server
     assert isinstance(server, Server)
     return server
+
+
+ServerDep = Annotated[Server, Depends(server_of)]
 
 
 def _look_at_clock(session: Session, clock: DatabaseClock) -> None:

@@ -3,22 +3,20 @@
 from datetime import datetime, timedelta
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Path
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 from sqlmodel import Session, col, func, select
 
 import sftd
 from sftd.schemas import JobState, Page, Worker
-from sftd_server.auth import Caller, caller_of
+from sftd_server.auth import Caller, CallerDep
 from sftd_server.errors import error_responses
 from sftd_server.jobs.scheduling import ALIVE_SECONDS
-from sftd_server.server import Server, server_of
+from sftd_server.server import Server, ServerDep
 from sftd_server.tables import JobRow, WorkerRow
 from sftd_server.workers import registry
 
-ServerDep = Annotated[Server, Depends(server_of)]
-CallerDep = Annotated[Caller, Depends(caller_of)]
 WorkerId = Annotated[str, Path(max_length=128, examples=["gpu-box"])]
 router = APIRouter(tags=["server"])
 

@@ -11,12 +11,12 @@ from fastapi import APIRouter, Depends, Query, Request
 
 from sftd.schemas import Collected, Storage, StorageItem
 from sftd_server.audit import service as audit
-from sftd_server.auth import Caller, caller_of
+from sftd_server.auth import CallerDep
 from sftd_server.ballast import NAME as BALLAST
 from sftd_server.ballast import database_folder
 from sftd_server.errors import error_responses
 from sftd_server.janitor import Janitor
-from sftd_server.server import Server, server_of
+from sftd_server.server import ServerDep
 from sftd_server.settings import Settings
 from sftd_server.sweep import tree_bytes
 
@@ -29,8 +29,6 @@ _HALVES = (".stage-", ".trash-")
 _WHOLE = {"files": "blobs", "uploads": "uploads", "cache": "cache", "models": "models"}
 _OF_JOB = {"checkpoints": "checkpoints", "results": "results", "logs": "logs"}
 
-ServerDep = Annotated[Server, Depends(server_of)]
-CallerDep = Annotated[Caller, Depends(caller_of)]
 
 router = APIRouter(prefix="/storage", tags=["server"], responses=error_responses())
 

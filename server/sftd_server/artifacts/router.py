@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -13,12 +13,11 @@ from sftd_server.artifacts.rights import Kind
 from sftd_server.artifacts.shelf import Content
 from sftd_server.artifacts.uploads import Progress, span_of
 from sftd_server.errors import ApiError, Invalid, error_responses
-from sftd_server.server import Server, server_of
+from sftd_server.server import ServerDep
 from sftd_server.strict_json import StrictRoute
 from sftd_server.workers import leases
 
 RESTORE_WAIT_SECONDS = 10.0  # then the worker asks again, and looks after its lease meanwhile
-ServerDep = Annotated[Server, Depends(server_of)]
 JobId = Annotated[str, Path(max_length=64)]
 Hash = Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Path(max_length=128)]

@@ -3,18 +3,15 @@
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 
 from sftd.schemas import AuditEntry, Page
 from sftd_server.audit import queries
 from sftd_server.audit.queries import EntryFilter
-from sftd_server.auth import Caller, caller_of
+from sftd_server.auth import CallerDep
 from sftd_server.errors import Invalid, error_responses
-from sftd_server.server import Server, server_of
+from sftd_server.server import ServerDep
 from sftd_server.strict_json import MAX_INTEGER
-
-ServerDep = Annotated[Server, Depends(server_of)]
-CallerDep = Annotated[Caller, Depends(caller_of)]
 
 router = APIRouter(prefix="/audit", tags=["server"], responses=error_responses())
 

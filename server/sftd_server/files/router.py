@@ -1,45 +1,28 @@
 """Routes of files."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from sftd.schemas import File, Page, RowPreview
-from sftd_server.auth import Caller, caller_of
+from sftd_server.auth import CallerDep
 from sftd_server.errors import error_responses
 from sftd_server.files import preview, store
-from sftd_server.files.upload import receive
-from sftd_server.server import Server, server_of
+from sftd_server.files.upload import LIFETIME_FIELDS, form_body, receive
+from sftd_server.server import ServerDep
 from sftd_server.strict_json import MAX_INTEGER
 
-ServerDep = Annotated[Server, Depends(server_of)]
-CallerDep = Annotated[Caller, Depends(caller_of)]
 FileId = Annotated[str, Path(max_length=64, examples=["file_7k2mq9x4w3pz"])]
 
-_FORM: dict[str, Any] = {  # OpenAPI: open by nature
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {
-                        "file": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "JSONL or a JSON array.",
-                        },
-                        "purpose": {"type": "string", "enum": list(store.PURPOSES), "default": "fine-tune"},
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
-                    },
-                }
-            }
-        },
-    }
-}
+_FORM = form_body(
+    {
+        "file": {"type": "string", "format": "binary", "description": "JSONL or a JSON array."},
+        "purpose": {"type": "string", "enum": list(store.PURPOSES), "default": "fine-tune"},
+        **LIFETIME_FIELDS,
+    },
+    required=["file"],
+)
 
 router = APIRouter(prefix="/files", tags=["files"], responses=error_responses(404))
 

@@ -320,11 +320,6 @@ def publish(temporary: Path, blob: Path) -> None:
     fsync(blob.parent)
 
 
-def _add(session: Session, row: FileRow) -> None:
-    session.add(FileRow(**row.model_dump()))
-    audit.describe(session, filename=row.filename, bytes=row.bytes, sha256=row.sha256, purpose=row.purpose)
-
-
 def _find(session: Session, file_id: str, *, lock: bool = False) -> FileRow:
     query = select(FileRow).where(FileRow.id == file_id)
     row = session.exec(query.with_for_update() if lock else query).first()

@@ -5,7 +5,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fastapi import Request
 from python_multipart import MultipartParser
@@ -22,6 +22,16 @@ MAX_PARTS = 10
 MAX_PART_BYTES = 64 * 1024**2  # of a file that comes in several requests
 LIFETIME_SECONDS = (3600, 30 * 86400)  # least and most that `expires_after` may say
 PURPOSE, ANCHOR, SECONDS = "purpose", "expires_after[anchor]", "expires_after[seconds]"
+LIFETIME_FIELDS: dict[str, Any] = {  # OpenAPI: open by nature
+    ANCHOR: {"type": "string", "enum": ["created_at"]},
+    SECONDS: {"type": "integer", "minimum": LIFETIME_SECONDS[0], "maximum": LIFETIME_SECONDS[1]},
+}
+
+
+def form_body(fields: dict[str, Any], *, required: list[str]) -> dict[str, Any]:  # OpenAPI: open by nature
+    """What a route that takes a form says of its body, as `openapi_extra`."""
+    schema = {"type": "object", "required": required, "properties": fields}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from sqlmodel import Session
 
@@ -26,7 +26,7 @@ from sftd.schemas import (
     PinRequest,
     RetryRequest,
 )
-from sftd_server.auth import Caller, caller_of
+from sftd_server.auth import Caller, CallerDep
 from sftd_server.errors import Invalid, error_responses
 from sftd_server.jobs import (
     again,
@@ -41,11 +41,9 @@ from sftd_server.jobs import (
 )
 from sftd_server.jobs.queries import JobFilter
 from sftd_server.jobs.stream import PAGE, starting_point, stream
-from sftd_server.server import Server, server_of
+from sftd_server.server import Server, ServerDep
 from sftd_server.strict_json import MAX_INTEGER, StrictRoute, read_json
 
-ServerDep = Annotated[Server, Depends(server_of)]
-CallerDep = Annotated[Caller, Depends(caller_of)]
 JobId = Annotated[str, Path(max_length=64, examples=["job_7k2mq9x4w3pz"])]
 Step = Annotated[int, Path(ge=0, le=MAX_INTEGER)]
 After = Annotated[int, Query(ge=0, le=MAX_INTEGER, description="Go on after this id.")]

@@ -1,46 +1,28 @@
 """OpenAI's files at /v1/files, over `files/`. A file is answered before its rows have been checked; its `status` tells."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from sftd.schemas import File
-from sftd_server.auth import Caller, caller_of
+from sftd_server.auth import CallerDep
 from sftd_server.errors import error_responses
 from sftd_server.files import store
-from sftd_server.files.upload import LIFETIME_SECONDS, receive
+from sftd_server.files.router import FileId
+from sftd_server.files.upload import LIFETIME_FIELDS, form_body, receive
 from sftd_server.openai.lists import OpenAIList, listed, unix
-from sftd_server.server import Server, server_of
+from sftd_server.server import ServerDep
 
-ServerDep = Annotated[Server, Depends(server_of)]
-CallerDep = Annotated[Caller, Depends(caller_of)]
-FileId = Annotated[str, Path(max_length=64, examples=["file_7k2mq9x4w3pz"])]
-
-_FORM: dict[str, Any] = {  # OpenAPI: open by nature
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": list(store.PURPOSES)},
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {
-                            "type": "integer",
-                            "minimum": LIFETIME_SECONDS[0],
-                            "maximum": LIFETIME_SECONDS[1],
-                        },
-                    },
-                }
-            }
-        },
-    }
-}
+_FORM = form_body(
+    {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": list(store.PURPOSES)},
+        **LIFETIME_FIELDS,
+    },
+    required=["file", "purpose"],
+)
 
 
 class FileObject(BaseModel):

@@ -7,26 +7,23 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 from sqlmodel import Session
 
 from sftd.spec import JobSpec
-from sftd_server.auth import Caller, caller_of
+from sftd_server.auth import Caller, CallerDep
 from sftd_server.errors import Invalid, error_responses
 from sftd_server.files import rowcount
 from sftd_server.jobs import posting, queries, service, submission
 from sftd_server.jobs.queries import JobFilter
-from sftd_server.jobs.router import IdempotencyKey, metadata_filters
+from sftd_server.jobs.router import IdempotencyKey, JobId, metadata_filters
 from sftd_server.openai import answers
 from sftd_server.openai.answers import FineTuningCheckpoint, FineTuningEvent, FineTuningJob
 from sftd_server.openai.lists import OpenAIList
 from sftd_server.openai.translation import MAX_SUFFIX, SPEC_FIELDS, needs_rows, translate
-from sftd_server.server import Server, server_of
+from sftd_server.server import Server, ServerDep
 from sftd_server.strict_json import read_json
 
-ServerDep = Annotated[Server, Depends(server_of)]
-CallerDep = Annotated[Caller, Depends(caller_of)]
-JobId = Annotated[str, Path(max_length=64, examples=["job_7k2mq9x4w3pz"])]
 After = Annotated[str | None, Query(max_length=128, description="The last id of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="At most so many.")]
 RetryCount = Annotated[

@@ -7,21 +7,19 @@ from datetime import UTC, datetime
 from pathlib import Path as FilePath
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Path
 from pydantic import BaseModel
 from sqlmodel import Session, col, func, select
 
 from sftd.schemas import JobState
-from sftd_server.auth import Caller, caller_of
+from sftd_server.auth import CallerDep
 from sftd_server.errors import Invalid, NotFound, error_responses
 from sftd_server.jobs import queries, removal
 from sftd_server.openai import names
 from sftd_server.openai.lists import OpenAIList, listed, unix
-from sftd_server.server import Server, server_of
+from sftd_server.server import ServerDep
 from sftd_server.tables import JobRow
 
-ServerDep = Annotated[Server, Depends(server_of)]
-CallerDep = Annotated[Caller, Depends(caller_of)]
 ModelName = Annotated[
     str,
     Path(

@@ -56,7 +56,6 @@ class Translated:
     """The spec of a posted job, still unchecked, with what is wrong so far."""
 
     spec: Json = field(default_factory=dict)
-    suffix: str | None = None
     mistakes: list[Mistake] = field(default_factory=list)
     said: dict[str, str] = field(default_factory=dict)  # field of the spec → what the user wrote for it
 
@@ -178,8 +177,6 @@ def _suffix(body: Json, to: Translated) -> None:
         to.note("suffix", f"must have 1 to {MAX_SUFFIX} characters, not {len(suffix)}")
     elif not suffix.isprintable():
         to.note("suffix", "holds a character that cannot be printed; leave it out")
-    else:
-        to.suffix = suffix
 
 
 def _integrations(body: Json, to: Translated) -> None:

@@ -1,38 +1,23 @@
 """OpenAI's uploads at /v1/uploads: files that come in parts, over `files/parts`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, Field
 
 from sftd.schemas import Request as Body
-from sftd_server.auth import Caller, caller_of
+from sftd_server.auth import CallerDep
 from sftd_server.errors import error_responses
 from sftd_server.files import parts
 from sftd_server.files.parts import Announced, Part, PartedUpload
-from sftd_server.files.upload import lifetime_of
+from sftd_server.files.upload import form_body, lifetime_of
 from sftd_server.openai.files import FileObject
-from sftd_server.server import Server, server_of
+from sftd_server.server import ServerDep
 from sftd_server.strict_json import StrictRoute
 
-ServerDep = Annotated[Server, Depends(server_of)]
-CallerDep = Annotated[Caller, Depends(caller_of)]
 UploadId = Annotated[str, Path(max_length=64, examples=["upload_7k2mq9x4w3pz"])]
 
-_FORM: dict[str, Any] = {  # OpenAPI: open by nature
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["data"],
-                    "properties": {"data": {"type": "string", "format": "binary"}},
-                }
-            }
-        },
-    }
-}
+_FORM = form_body({"data": {"type": "string", "format": "binary"}}, required=["data"])
 
 
 class ExpiresAfter(Body):

@@ -325,15 +325,9 @@ def _about_memory(memory: list[MemoryPlan]) -> list[PlanProblem]:
         return []
     largest = max(there, key=lambda device: device.available_bytes or 0)
     return [
-        PlanProblem(
-            severity="error",
-            field=None,
-            file=None,
-            line=None,
-            row_field=None,
-            message=f"the job needs about {largest.total_bytes / 2**30:.1f} GiB on {largest.device}, which has"
-            f" {(largest.available_bytes or 0) / 2**30:.1f} GiB",
-            remedy=", or ".join(largest.advice) or None,
+        error(
+            f"the job needs about {largest.total_bytes / 2**30:.1f} GiB on {largest.device}, which has"
+            f" {(largest.available_bytes or 0) / 2**30:.1f} GiB; {', or '.join(largest.advice)}"
         )
     ]
 

@@ -4,14 +4,14 @@ import functools
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from sftd.plan import Plan, RenderedRows
 from sftd.protocol import TOKEN_HEADER, AnalysisClaim, AnalysisReport, AnalysisRequest, AnalysisTask, Ok
 from sftd.spec import JOB_REFERENCE, JobSpec
 from sftd_server.artifacts.router import sent
-from sftd_server.auth import Caller, caller_of
+from sftd_server.auth import Caller, CallerDep
 from sftd_server.errors import Conflict, Invalid, error_responses
 from sftd_server.files import store
 from sftd_server.jobs import posting, submission
@@ -20,13 +20,11 @@ from sftd_server.jobs.submission import Look
 from sftd_server.plans import service
 from sftd_server.plans.assembly import Parts, assemble
 from sftd_server.plans.devices import KINDS, known_kind
-from sftd_server.server import Server, server_of
+from sftd_server.server import Server, ServerDep
 from sftd_server.strict_json import MAX_INTEGER, StrictRoute, read_json
 
 MAX_NAMED = 16  # types of GPU in one plan
 
-ServerDep = Annotated[Server, Depends(server_of)]
-CallerDep = Annotated[Caller, Depends(caller_of)]
 AnalysisId = Annotated[str, Path(max_length=64)]
 Token = Annotated[str, Header(alias=TOKEN_HEADER, max_length=128, description="From the claim's answer.")]
 Wait = Annotated[

@@ -26,10 +26,10 @@ from sftd.protocol import (
     Welcome,
 )
 from sftd_server.artifacts.placing import checkpoint_to_place, result_to_place
-from sftd_server.auth import Caller, caller_of
+from sftd_server.auth import CallerDep
 from sftd_server.db import MAX_BATCH
 from sftd_server.errors import Unavailable, error_responses
-from sftd_server.server import Server, server_of
+from sftd_server.server import Server, ServerDep
 from sftd_server.strict_json import StrictRoute
 from sftd_server.workers import claims, endings, leases, registration, reports, versions
 from sftd_server.workers.leases import Holder
@@ -37,8 +37,6 @@ from sftd_server.workers.reaper import settle_clock
 
 MAX_PACE_SECONDS = 30.0
 
-ServerDep = Annotated[Server, Depends(server_of)]
-CallerDep = Annotated[Caller, Depends(caller_of)]
 JobId = Annotated[str, Path(max_length=64)]
 Token = Annotated[
     str, Header(alias=TOKEN_HEADER, max_length=128, description="The lease's token, from the claim's answer.")
