@@ -17,7 +17,7 @@ from sftd.spec import JobSpec
 Device = Literal["cpu", "cuda"]
 Precision = Literal["bf16", "fp32"]
 
-# Logits of a chunk, on all devices (loss.py, CHUNK_LOGITS).
+# Logits that the loss holds at once, on all devices (loss.py): 128 MiB in bf16, 256 MiB in fp32.
 CHUNK_LOGITS = 64 * 1024 * 1024
 # NF4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314): half a byte, a byte for each 64 weights, and four for
 # each 256 of those.
@@ -90,7 +90,17 @@ def trainable_parameters(spec: JobSpec, facts: ModelFacts) -> int:
 
 def checkpoint_bytes(spec: JobSpec, facts: ModelFacts) -> int:
     """A checkpoint on disk: trained weights in fp32 and the optimizer's state of them."""
-    return (4 + _moment_bytes(spec)) * trainable_parameters(spec, facts)
+    return saved_bytes(spec, trainable_parameters(spec, facts))
+
+
+def saved_bytes(spec: JobSpec, trainable: int) -> int:
+    """The same of so many weights that are trained."""
+    return (4 + moment_bytes(spec)) * trainable
+
+
+def moment_bytes(spec: JobSpec) -> int:
+    """Of the optimizer, for each trained weight: two moments in fp32, or in 8 bits."""
+    return 8 if spec.optimizer == "adamw" else 2
 
 
 def result_bytes(spec: JobSpec, facts: ModelFacts, precision: Precision) -> int:
@@ -114,7 +124,7 @@ def estimate(
     parts = MemoryParts(
         weights=math.ceil(weights * share),
         adapter=adapter,
-        optimizer=math.ceil(_moment_bytes(spec) * trainable * share),
+        optimizer=math.ceil(moment_bytes(spec) * trainable * share),
         gradients=math.ceil(4 * trainable * share),
         activations=_activations(spec, facts, batch, precision),
         head=_head(spec, facts, batch, device, precision),
@@ -137,11 +147,6 @@ def total(parts: MemoryParts) -> int:
 
 def _is_target(name: str, targets: list[str]) -> bool:
     return any(name == target or target.endswith(f".{name}") for target in targets)
-
-
-def _moment_bytes(spec: JobSpec) -> int:
-    """Of the optimizer, for each trained weight: two moments in fp32, or in 8 bits."""
-    return 8 if spec.optimizer == "adamw" else 2
 
 
 def _weight_bytes(spec: JobSpec, facts: ModelFacts, precision: Precision) -> int:

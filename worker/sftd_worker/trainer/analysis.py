@@ -52,7 +52,7 @@ from sftd.protocol import (
 )
 from sftd.spec import JobSpec
 from sftd_worker.trainer import twins
-from sftd_worker.trainer.batching import make_plan, share_of_rank
+from sftd_worker.trainer.batching import Plan, make_plan, share_of_rank
 from sftd_worker.trainer.data import LookedOver, Tokenizing, after_cut, column, look_over, split_by_hash
 from sftd_worker.trainer.errors import RunFailed
 from sftd_worker.trainer.model import from_hub, hub_options, load_tokenizer
@@ -166,8 +166,8 @@ def _analysis(job: AnalysisJob) -> Analysis:
         problems += overlong
         num_problems += len(part.overlong) if overlong else 0
     own, across = _twins(training, validation)
-    plan = _steps(spec, training, validation) if training is not None else None
-    layout = _layout(spec, training) if training is not None else None
+    run = _run_plan(spec, training) if training is not None else None
+    layout = _layout(spec, training, run) if training is not None and run is not None else None
     return Analysis(
         problems=(found + problems)[:MAX_PLAN_PROBLEMS],
         num_problems=num_problems,
@@ -177,7 +177,7 @@ def _analysis(job: AnalysisJob) -> Analysis:
         else _data_plan(validation, twins.find_twins(validation.chosen_sketches), how),
         overlap=_overlap(training, validation, across, how) if training and validation and across else None,
         packing=layout.plan if layout else None,
-        steps=plan,
+        steps=_steps(spec, training, validation, run) if training is not None and run is not None else None,
         model=facts,
         precision="bf16" if choose_precision(spec, _device(job)).name == "bf16" else "fp32",
         largest_tokens=layout.largest_tokens if layout else 0,
@@ -503,15 +503,18 @@ def _preview(job: AnalysisJob, how: Tokenizing) -> Analysis:
 # ---------------------------------------------------------------- steps and micro-batches
 
 
-def _steps(spec: JobSpec, training: _Counted, validation: _Counted | None) -> StepsPlan:
-    rows_per_step = spec.batch_size * spec.gradient_accumulation_steps * spec.gpus
-    plan = make_plan(
+def _run_plan(spec: JobSpec, training: _Counted) -> Plan:
+    """Which rows each step of the run would take."""
+    return make_plan(
         num_rows=len(training.rows),
-        rows_per_step=rows_per_step,
+        rows_per_step=spec.batch_size * spec.gradient_accumulation_steps * spec.gpus,
         max_steps=spec.max_steps,
         num_epochs=spec.num_epochs,
         seed=spec.seed,
     )
+
+
+def _steps(spec: JobSpec, training: _Counted, validation: _Counted | None, plan: Plan) -> StepsPlan:
     epochs = plan.epoch_at(plan.total_steps)
     steps = plan.steps_per_epoch
     evaluations = 1 + math.ceil(
@@ -521,7 +524,7 @@ def _steps(spec: JobSpec, training: _Counted, validation: _Counted | None) -> St
         total_steps=plan.total_steps,
         num_epochs=round(epochs, 4),
         steps_per_epoch=steps,
-        rows_per_step=rows_per_step,
+        rows_per_step=plan.rows_per_step,
         tokens_per_step=round(float(training.lengths.sum()) / steps, 1),
         supervised_tokens_per_step=round(float(training.supervised.sum()) / steps, 1),
         total_tokens=round(float(training.lengths.sum()) * epochs),
@@ -538,15 +541,8 @@ class _Layout:
     largest_supervised: int
 
 
-def _layout(spec: JobSpec, training: _Counted) -> _Layout:
+def _layout(spec: JobSpec, training: _Counted, plan: Plan) -> _Layout:
     """Lay out the first steps of the run as it will. What rows share from their start is not taken off."""
-    plan = make_plan(
-        num_rows=len(training.rows),
-        rows_per_step=spec.batch_size * spec.gradient_accumulation_steps * spec.gpus,
-        max_steps=spec.max_steps,
-        num_epochs=spec.num_epochs,
-        seed=spec.seed,
-    )
     budget = spec.max_tokens_per_step or spec.batch_size * spec.max_seq_length
     lengths, supervised = training.lengths, training.supervised
     num_batches = tokens = computed = largest = most_supervised = padded = 0

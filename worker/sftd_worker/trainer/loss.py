@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sftd.footprint import CHUNK_LOGITS
 from sftd_worker.trainer.memory import give_back_freed_memory
 from sftd_worker.trainer.precision import compute_dtype
 
-CHUNK_LOGITS = 64 * 1024 * 1024  # logits alive at once: 128 MiB in bf16, 256 MiB in fp32
 _BLOCK_LOGITS = (
     2 * 1024 * 1024
 )  # on a CPU the passes over a chunk go piece by piece, each small enough for its cache

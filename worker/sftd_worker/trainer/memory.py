@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from sftd.footprint import moment_bytes, saved_bytes
 from sftd.spec import JobSpec
 
 # torch on a CPU raises a plain RuntimeError; bitsandbytes and cuBLAS have words of their own.
@@ -121,7 +122,7 @@ def estimate_bytes(
     return {
         "weights": weights,
         "gradients": 4 * trainable,
-        "optimizer": (8 if spec.optimizer == "adamw" else 2) * trainable,
+        "optimizer": moment_bytes(spec) * trainable,
         "activations": per_token * spec.max_seq_length * spec.batch_size,
     }
 
@@ -132,7 +133,7 @@ def checkpoint_bytes(spec: JobSpec, parameters: list[torch.nn.Parameter]) -> int
     Of all ranks together. Without the tokenizer's files, which are small beside them in all but toy models.
     """
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return (4 + (8 if spec.optimizer == "adamw" else 2)) * trainable
+    return saved_bytes(spec, trainable)
 
 
 def expected_host_bytes() -> int:
