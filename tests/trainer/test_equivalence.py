@@ -72,9 +72,17 @@ def kept() -> dict[str, Finished]:
 
 
 @pytest.fixture
-def reference(method: str, fields: dict[str, Any], run_job: RunJob, kept: dict[str, Finished]) -> Finished:
+def reference(
+    method: str,
+    fields: dict[str, Any],
+    run_job: RunJob,
+    kept: dict[str, Finished],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Finished:
+    """The run itself, made once, in a folder that outlives the test which happened to need it first."""
     if method not in kept:
-        kept[method] = run_job("reference", **fields)
+        folder = tmp_path_factory.mktemp("reference")
+        kept[method] = run_job(**{**fields, "job": {**fields.get("job", {}), "output_dir": str(folder)}})
     return kept[method]
 
 
