@@ -453,7 +453,7 @@ def test_a9_an_archive_is_not_taken_and_not_opened(
     )
 
     assert "not unpacked here" in error["message"]
-    assert list(shared_box.server.folder.tmp.iterdir()) == []
+    assert shared_box.left_in_tmp() == []
 
 
 def test_a9_no_code_of_the_server_or_the_worker_unpacks_anything(repository: Path) -> None:

@@ -7,6 +7,7 @@ What goes through `box`, `make_box` or `shared_box` in the modules of ON_BOTH ru
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -165,6 +166,18 @@ class Box:
         finally:
             may_commit.set()
             writing.result(20)
+
+    def left_in_tmp(self) -> list[Path]:
+        """What stays in the folder of uploads on their way.
+
+        The result file of a job that another test ended is written there too, after that job's end: it is waited for.
+        """
+        end = time.monotonic() + 15
+        while left := list(self.server.folder.tmp.iterdir()):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.01)
+        return left
 
     def upload(self, content: bytes = ROWS, name: str = "rows.jsonl") -> str:
         answer = self.admin.post("/files", files={"file": (name, content)})

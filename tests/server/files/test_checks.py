@@ -308,7 +308,7 @@ def test_a_client_that_leaves_while_it_waits_for_the_check_leaves_nothing_half_d
         return held.admin.get("/files").json()["data"]
 
     until(lambda: len(files()) > before)
-    until(lambda: not list(held.server.folder.tmp.iterdir()))
+    assert held.left_in_tmp() == []
     assert len(files()) == before + 1
     assert (files()[0]["sha256"], files()[0]["status"]) == (sha(good), "processed")
 
