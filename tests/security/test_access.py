@@ -68,7 +68,7 @@ def test_a1_streams_and_bodies_are_not_begun_without_a_key(shared_box) -> None:
     upload = stranger.post("/files", files={"file": b"x" * 100_000})
 
     assert (stream.status_code, upload.status_code) == (401, 401)
-    assert shared_box.left_in_tmp() == []
+    assert shared_box.nothing_left_of_uploads()
 
 
 def test_a1_a_websocket_is_refused(shared_box) -> None:

@@ -453,7 +453,7 @@ def test_a9_an_archive_is_not_taken_and_not_opened(
     )
 
     assert "not unpacked here" in error["message"]
-    assert shared_box.left_in_tmp() == []
+    assert shared_box.nothing_left_of_uploads()
 
 
 def test_a9_no_code_of_the_server_or_the_worker_unpacks_anything(repository: Path) -> None:

@@ -7,7 +7,6 @@ What goes through `box`, `make_box` or `shared_box` in the modules of ON_BOTH ru
 import asyncio
 import json
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import pytest
 import uvicorn
 from sqlmodel import Session
 from tests.postgres import NoPostgres, Postgres
+from tests.waiting import until
 
 from sftd_server.app import create_app
 from sftd_server.clock import Clock
@@ -167,17 +167,12 @@ class Box:
             may_commit.set()
             writing.result(20)
 
-    def left_in_tmp(self) -> list[Path]:
-        """What stays in the folder of uploads on their way.
+    def nothing_left_of_uploads(self) -> bool:
+        """Whether the folder of uploads on their way comes to be empty, on a server that tests share.
 
-        The result file of a job that another test ended is written there too, after that job's end: it is waited for.
+        The result file of a job that another test ended is written there too, after that job's end.
         """
-        end = time.monotonic() + 15
-        while left := list(self.server.folder.tmp.iterdir()):
-            if time.monotonic() > end:
-                break
-            time.sleep(0.01)
-        return left
+        return until(lambda: not list(self.server.folder.tmp.iterdir()))
 
     def upload(self, content: bytes = ROWS, name: str = "rows.jsonl") -> str:
         answer = self.admin.post("/files", files={"file": (name, content)})

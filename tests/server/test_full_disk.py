@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.disks import MIB, fill, small_disk
+from tests.waiting import until
 
 from sftd import Client
 from sftd_server.ballast import needs_room
@@ -29,15 +30,6 @@ BALLAST, RESERVE = 8 * MIB, 12 * MIB
 def disk(tmp_path: Path) -> Iterator[Path]:
     with small_disk(tmp_path / "disk", 40) as folder:
         yield folder
-
-
-def until(ready: Callable[[], Any], seconds: float) -> float:
-    """Wait; returns how long it took."""
-    begin = time.monotonic()
-    while not ready():
-        assert time.monotonic() - begin < seconds, f"waited {seconds} s in vain"
-        time.sleep(0.02)  # another process's or thread's doing
-    return time.monotonic() - begin
 
 
 @dataclass
@@ -148,7 +140,9 @@ def test_a_disk_that_fills_while_a_worker_reports_loses_nothing_and_is_left_alon
 
     held = dict(reporter.acknowledged)
     (disk / "filler").unlink()
-    took = until(lambda: reporter.acknowledged["metrics"] > held["metrics"], 15)
+    begin = time.monotonic()
+    until(lambda: reporter.acknowledged["metrics"] > held["metrics"], 15)
+    took = time.monotonic() - begin
     assert took < 10
     until(lambda: ballast.exists() and ballast.stat().st_size == BALLAST, 10 - took)
     reporter.stop()

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import random
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from sqlmodel import col, select, update
+from tests.waiting import until
 
 from sftd.schemas import JobState
 from sftd_server import retention, sweep
@@ -172,13 +172,6 @@ def listed(box, job_id: str) -> list[int]:
     return [found["step"] for found in box.admin.get(f"/jobs/{job_id}/checkpoints").json()["data"]]
 
 
-def until(ready, seconds: float = 5) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)  # the janitor is another task
-
-
 def collect(box, **how) -> list:
     return box.run(box.app.state.janitor.collect(**how))
 
@@ -192,7 +185,7 @@ def test_old_checkpoints_go_right_after_a_new_one_is_recorded(box) -> None:
     for step in (10, 20, 30, 40, 50):
         save(box, lease, step, metrics={"eval_loss": 0.5 if step == 10 else 1.0})
 
-    until(lambda: on_disk(box, lease.job_id) == names(10, 30, 40, 50))
+    until(lambda: on_disk(box, lease.job_id) == names(10, 30, 40, 50), 5)
     assert listed(box, lease.job_id) == [10, 30, 40, 50]
     events = box.admin.get(f"/jobs/{lease.job_id}/events").json()["data"]
     told = [event["data"] for event in events if event["type"] == "checkpoints_deleted"]
@@ -216,7 +209,7 @@ def test_a_lease_never_lists_what_goes_and_what_it_lists_stays_until_the_attempt
     assert collect(box) == []
     assert on_disk(box, lease.job_id) == names(10, 20, 30, 40)
     save(box, second, 50)
-    until(lambda: on_disk(box, lease.job_id) == names(40, 50))
+    until(lambda: on_disk(box, lease.job_id) == names(40, 50), 5)
 
     box.expire()
     third = box.claim("w3")
@@ -249,7 +242,7 @@ def test_a_deletion_never_turns_up_as_damage(box) -> None:
     reports = {step: lay_down(box, lease, step) for step in (10, 20, 30, 40)}
     for step, report in reports.items():
         lease.checkpoint(step, **report)
-    until(lambda: listed(box, lease.job_id) == [20, 30, 40])
+    until(lambda: listed(box, lease.job_id) == [20, 30, 40], 5)
 
     found_missing = lease.checkpoint(10, **reports[10], corrupt=True)
     assert found_missing.status_code == 200
@@ -264,7 +257,7 @@ def test_a_report_that_is_repeated_does_not_bring_back_what_was_deleted(box) -> 
     reports = {step: lay_down(box, lease, step) for step in (10, 20, 30, 40)}
     for step, report in reports.items():
         lease.checkpoint(step, **report)
-    until(lambda: on_disk(box, lease.job_id) == names(20, 30, 40))
+    until(lambda: on_disk(box, lease.job_id) == names(20, 30, 40), 5)
 
     assert lease.checkpoint(10, **reports[10]).status_code == 200
 
@@ -277,7 +270,7 @@ def test_a_step_that_is_saved_again_after_its_deletion_is_there_again(make_box) 
     save(box, lease, 10, metrics={"eval_loss": 0.1})
     for step in (20, 30, 40):
         save(box, lease, step)
-    until(lambda: on_disk(box, lease.job_id) == names(10, 30, 40))
+    until(lambda: on_disk(box, lease.job_id) == names(10, 30, 40), 5)
     box.expire()
     second = box.claim("w2")
     second.start()
@@ -422,7 +415,7 @@ def test_a_crash_at_any_moment_of_a_deletion_is_made_good_at_the_next_start(make
     box.stop()
 
     again = make_box(keep_checkpoints=10)
-    until(lambda: on_disk(again, lease.job_id) == [".stage-1", *names(30, 40)])
+    until(lambda: on_disk(again, lease.job_id) == [".stage-1", *names(30, 40)], 5)
     assert listed(again, lease.job_id) == [30, 40]
 
 

@@ -5,14 +5,13 @@ import hashlib
 import http.client
 import os
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from sqlmodel import Session, col, select, update
+from tests.waiting import until
 
 from sftd_server.disk import try_lock
 from sftd_server.engines import make_engine
@@ -30,15 +29,6 @@ def post(box, content: bytes, name: str = "rows.jsonl", purpose: str = "fine-tun
     answer = box.admin.post("/v1/files", files={"file": (name, content)}, data={"purpose": purpose, **fields})
     assert answer.status_code == 200, answer.text
     return answer.json()
-
-
-def until(ready: Callable[[], Any]) -> Any:
-    """Wait for what another thread does."""
-    end = time.monotonic() + 15
-    while not (found := ready()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
-    return found
 
 
 def checked(box, file_id: str) -> dict[str, Any]:
@@ -308,7 +298,7 @@ def test_a_client_that_leaves_while_it_waits_for_the_check_leaves_nothing_half_d
         return held.admin.get("/files").json()["data"]
 
     until(lambda: len(files()) > before)
-    assert held.left_in_tmp() == []
+    until(lambda: not list(held.server.folder.tmp.iterdir()))
     assert len(files()) == before + 1
     assert (files()[0]["sha256"], files()[0]["status"]) == (sha(good), "processed")
 

@@ -13,6 +13,10 @@ def blobs(box) -> list[str]:
     return [path.name for path in (box.server.folder.path / "blobs").rglob("*") if path.is_file()]
 
 
+def leftovers(box) -> list:
+    return list(box.server.folder.tmp.iterdir())
+
+
 def test_a_valid_file_is_kept_under_its_hash(box) -> None:
     content = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}\n'
 
@@ -31,7 +35,7 @@ def test_a_valid_file_is_kept_under_its_hash(box) -> None:
     assert got.content == content
     assert got.headers["content-disposition"].startswith("attachment")
     assert blobs(box) == [sha]
-    assert box.left_in_tmp() == []
+    assert leftovers(box) == []
 
 
 def test_every_bad_row_is_named_and_nothing_is_kept(box, assert_error) -> None:
@@ -39,7 +43,7 @@ def test_every_bad_row_is_named_and_nothing_is_kept(box, assert_error) -> None:
 
     lines = assert_error(answer, 422, "invalid_file")["message"].split("\n")
     assert [line.split(":")[1].split(",")[0] for line in lines] == [" line 2", " line 3", " line 4"]
-    assert blobs(box) == box.left_in_tmp() == box.admin.get("/files").json()["data"] == []
+    assert blobs(box) == leftovers(box) == box.admin.get("/files").json()["data"] == []
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,7 @@ def test_a_form_that_is_none_is_refused(shared_box, assert_error) -> None:
     assert assert_error(wrong, 422, "invalid_request")["param"] == "purpose"
     for body in (b"", b"--b", b"garbage", cut):
         assert_error(post("/files", content=body, headers=form), 422, "invalid_multipart")
-    assert shared_box.left_in_tmp() == []
+    assert shared_box.nothing_left_of_uploads()
 
 
 def test_too_large_a_file_is_refused_announced_or_not(make_box, assert_error) -> None:
@@ -105,7 +109,7 @@ def test_too_large_a_file_is_refused_announced_or_not(make_box, assert_error) ->
     pieces = iter([head, *[b"x" * 100_000] * 20])  # chunked: no length is announced
     headers = {"content-type": "multipart/form-data; boundary=b"}
     assert_error(box.admin.post("/files", content=pieces, headers=headers), 413, "too_large")
-    assert box.left_in_tmp() == []
+    assert leftovers(box) == []
 
 
 def test_a_file_goes_when_no_job_needs_it_and_its_content_when_no_file_does(box, assert_error) -> None:

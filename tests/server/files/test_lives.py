@@ -71,7 +71,7 @@ def test_a_lifetime_that_cannot_be_names_its_field(shared_box, path: str, fields
 
     assert answer.status_code in (400, 422)
     assert answer.json()["error"]["param"] == field
-    assert shared_box.left_in_tmp() == []
+    assert shared_box.nothing_left_of_uploads()
 
 
 def test_openai_lists_go_either_way_by_purpose_and_over_what_was_deleted(box) -> None:

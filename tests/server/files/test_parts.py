@@ -72,7 +72,7 @@ def test_parts_make_a_file_in_the_order_that_is_given(box) -> None:
     assert made["expires_at"] == made["created_at"] + 3600
     assert box.admin.get(f"/v1/files/{made['id']}/content").content == ROWS
     assert finish(box.admin, upload_id, [first, last]).json()["file"]["id"] == made["id"]
-    assert box.left_in_tmp() == []
+    assert list(box.server.folder.tmp.iterdir()) == []
 
 
 def test_completed_twice_at_once_it_is_one_file(box) -> None:
@@ -101,7 +101,7 @@ def test_what_does_not_fit_together_is_refused_and_can_be_mended(box) -> None:
     assert "part_ids[1]" in unknown["message"]
     assert "twice" in twice["message"]
     assert differs["param"] == "md5"
-    assert box.admin.get("/v1/files").json()["data"] == box.left_in_tmp() == []
+    assert box.admin.get("/v1/files").json()["data"] == list(box.server.folder.tmp.iterdir()) == []
     assert finish(box.admin, upload_id, [first, last]).json()["status"] == "completed"
 
 
@@ -243,7 +243,7 @@ def test_sizes_are_bounded(make_box, monkeypatch) -> None:
     refused(send(box.admin, uploads[1], b"x" * 401), 413, "too_large")
 
     assert len([name for name in on_disk(box) if name.startswith("part_")]) == 1
-    assert box.left_in_tmp() == []
+    assert list(box.server.folder.tmp.iterdir()) == []
 
 
 def test_the_number_of_parts_is_bounded_by_what_was_announced(box, monkeypatch) -> None:
@@ -293,7 +293,7 @@ def test_an_archive_in_parts_is_refused_when_it_is_whole(box) -> None:
     part = sent(box.admin, upload_id, b"PK\x03\x04zipped")
 
     refused(finish(box.admin, upload_id, [part]), 415, "archive_refused")
-    assert box.left_in_tmp() == []
+    assert list(box.server.folder.tmp.iterdir()) == []
 
 
 def test_what_a_crash_left_of_a_closed_upload_is_swept_and_what_is_open_stays(box) -> None:

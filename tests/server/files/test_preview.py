@@ -2,12 +2,11 @@
 
 import asyncio
 import json
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tests.waiting import until
 
 from sftd.rows import Mark, RowProblem, check_file, look_into
 from sftd_server.files import checks
@@ -17,14 +16,6 @@ TOOL = {"type": "function", "function": {"name": "run", "parameters": {"type": "
 
 def rows(box, file_id: str, **params):
     return box.admin.get(f"/files/{file_id}/rows", params=params)
-
-
-def until(ready: Callable[[], object]) -> None:
-    """Wait for what another thread does."""
-    end = time.monotonic() + 15
-    while not ready():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 def large(kind: str) -> bytes:
