@@ -11,13 +11,14 @@ import contextlib
 import hashlib
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from sqlalchemy import text
 from sqlmodel import Session, col, delete, select, update
 from starlette.datastructures import Headers
 
@@ -33,6 +34,9 @@ from sftd_server.tables import KeyRow
 OPEN_PATHS = {"/healthz"}
 LIMITS = {"max_running_jobs", "max_queued_jobs", "max_gpu_hours_per_month"}
 _TOPIC = "keys"
+_INSTALLING = (
+    7_305_813_482_003  # of PostgreSQL's advisory locks, the one for a server that installs a built-in key
+)
 _BUILT_IN = {"admin": "key_admin", "worker": "key_worker"}
 
 log = logging.getLogger("sftd.server")
@@ -83,28 +87,36 @@ class Keyring:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), 1)
 
-    async def has_built_in(self, role: str) -> bool:
-        """Whether the built-in key of a role has been made."""
-        await self.load()
-        return any(row.id == _BUILT_IN[role] for row in self._by_hash.values())
+    async def install(self, role: str, secret: Callable[[], str], *, replace: bool) -> bool:
+        """Make `secret()` the built-in key of a role: in place of an earlier one, or only where there is none.
 
-    async def install(self, role: str, secret: str) -> None:
-        """Make `secret` the built-in key of a role, in place of any earlier one."""
-        await self.load()
-        row = _row(_BUILT_IN[role], role, role, secret, self._clock.now(), None)
-        known = self._by_hash.get(row.secret_sha256)
-        if known is not None and known.id == row.id:
-            return
+        False where an earlier one stays that is another. `secret` is asked for by one server at a time, among all that
+        share the database, and only where the key may be installed.
+        """
 
-        def work(session: Session) -> None:
-            replaced = session.exec(delete(KeyRow).where(col(KeyRow.id) == row.id)).rowcount
-            session.add(KeyRow(**row.model_dump()))
-            action = "key.change" if replaced else "key.create"
+        def work(session: Session) -> bool:
+            if self._db.shared:
+                session.connection().execute(
+                    text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _INSTALLING}
+                )
+            earlier = session.get(KeyRow, _BUILT_IN[role])
+            if earlier is not None and not replace:
+                return False
+            row = _row(_BUILT_IN[role], role, role, secret(), self._clock.now(), None)
+            if earlier is not None:
+                if earlier.secret_sha256 == row.secret_sha256:
+                    return True
+                session.delete(earlier)
+                session.flush()
+            session.add(row)
+            action = "key.create" if earlier is None else "key.change"
             audit.add_own(session, row.created_at, action, row.id, name=row.name, role=row.role)
             touch(session, _TOPIC)
+            return True
 
-        await self._db.write(work)
+        installed = await self._db.write(work)
         await self.load()
+        return installed
 
     async def create(self, request: KeyRequest) -> NewKey:
         """Make a key. Its secret is in the answer and nowhere else."""

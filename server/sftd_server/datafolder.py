@@ -9,6 +9,7 @@ import os
 import random
 import re
 import secrets
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,10 +148,8 @@ class DataFolder:
         return made
 
     def write_secret(self, name: str, text: str) -> None:
-        """Write a file that only the owner reads, whole or not at all."""
-        temporary = self.path / f".{name}.new"
-        temporary.unlink(missing_ok=True)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        """Write a file that only the owner reads, whole or not at all. Servers that share the folder may do it at once."""
+        handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=self.path)  # mode 0600
         with os.fdopen(handle, "w") as file:
             file.write(text + "\n")
             file.flush()

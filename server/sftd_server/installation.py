@@ -57,8 +57,10 @@ async def _install(server: Server, role: str, file: str, given: str | None) -> N
     Where servers share a database, a folder without the key, or with an old one, does not take it from the others.
     """
     folder: DataFolder = server.folder
-    if given is None and server.db.shared and await server.keyring.has_built_in(role):
-        if not (folder.path / file).exists():
-            log.info("the %s key was made by another server; there is no %s here", role, folder.path / file)
-        return
-    await server.keyring.install(role, given or folder.secret(file, prefix="sftd-", bits=192))
+    secret = functools.partial(folder.secret, file, prefix="sftd-", bits=192)
+    replace = given is not None or not server.db.shared
+    installed = await server.keyring.install(
+        role, secret if given is None else lambda: given, replace=replace
+    )
+    if not installed and not (folder.path / file).exists():
+        log.info("the %s key was made by another server; there is no %s here", role, folder.path / file)

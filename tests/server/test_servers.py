@@ -42,6 +42,10 @@ class Process:
         headers = {"authorization": f"Bearer {key}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=30)
 
+    def takes_worker_key(self, key: str) -> bool:
+        hello = {"worker_id": "w", "boot_id": "b", "gpus": 1, "protocol": 2, "device": "cpu"}
+        return self._client(key).post("/worker/register", json=hello).status_code == 200
+
     def submit(self) -> str:
         file_id = self.user.post("/files", files={"file": b'{"text": "a"}'}).json()["id"]
         answer = self.user.post("/jobs", json={"base_model": "org/m", "training_file": file_id})
@@ -313,6 +317,17 @@ def test_two_servers_may_start_at_once_on_an_empty_database(start: Start, url: s
     assert {server.user.get("/jobs").status_code for server in servers} == {200}
     with psycopg.connect(url) as connection:
         assert connection.execute("SELECT count(*) FROM fact").fetchone() == (2,)
+    made = [server.worker_key for server in servers if server.worker_key]
+    assert len(made) == 1  # the first to come made it, and nobody took it away
+    assert all(server.takes_worker_key(made[0]) for server in servers)
+
+
+def test_servers_that_start_at_once_on_one_folder_make_one_key(start: Start) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        servers = list(pool.map(lambda _: start("data", SFTD_ADMIN_KEY=""), range(3)))
+
+    assert len({server.worker_key for server in servers}) == 1
+    assert all(server.takes_worker_key(servers[0].worker_key) for server in servers)
 
 
 def test_a_database_that_does_not_answer_is_told_in_a_sentence(tmp_path: Path, postgres: Postgres) -> None:
