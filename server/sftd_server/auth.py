@@ -18,7 +18,6 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from sqlalchemy import text
 from sqlmodel import Session, col, delete, select, update
 from starlette.datastructures import Headers
 
@@ -26,6 +25,7 @@ from sftd.schemas import Key, KeyChange, KeyRequest, NewKey
 from sftd_server.audit import service as audit
 from sftd_server.clock import Clock
 from sftd_server.db import Database, touch
+from sftd_server.engines import Turn, take_turn
 from sftd_server.errors import Conflict, Forbidden, Invalid, NotFound, Unauthorized
 from sftd_server.ids import new_id
 from sftd_server.mistakes import Mistake
@@ -34,9 +34,6 @@ from sftd_server.tables import KeyRow
 OPEN_PATHS = {"/healthz"}
 LIMITS = {"max_running_jobs", "max_queued_jobs", "max_gpu_hours_per_month"}
 _TOPIC = "keys"
-_INSTALLING = (
-    7_305_813_482_003  # of PostgreSQL's advisory locks, the one for a server that installs a built-in key
-)
 _BUILT_IN = {"admin": "key_admin", "worker": "key_worker"}
 
 log = logging.getLogger("sftd.server")
@@ -95,10 +92,7 @@ class Keyring:
         """
 
         def work(session: Session) -> bool:
-            if self._db.shared:
-                session.connection().execute(
-                    text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _INSTALLING}
-                )
+            take_turn(session.connection(), Turn.BUILT_IN_KEY)
             earlier = session.get(KeyRow, _BUILT_IN[role])
             if earlier is not None and not replace:
                 return False

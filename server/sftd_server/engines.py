@@ -4,7 +4,7 @@ SQLite: one file, one process that writes. PostgreSQL: any number of server proc
 COMMITTED and lock the rows that they decide on, a reader sees one snapshot and cannot write.
 """
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
@@ -25,6 +25,14 @@ IDLE_MILLISECONDS, IDLE_READER_MILLISECONDS = 20_000, 60_000
 _DRIVER = "postgresql+psycopg"
 # The index of the write-ahead log, and a disk that finds out late, have words of their own for it.
 _NO_ROOM = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
+
+
+class Turn(IntEnum):
+    """What only one of the servers on a PostgreSQL database does at a time, by the number of its advisory lock."""
+
+    MIGRATION = 7_305_813_482_001
+    ARRIVAL = 7_305_813_482_002  # of a server that starts
+    BUILT_IN_KEY = 7_305_813_482_003
 
 
 class Failure(StrEnum):
@@ -61,6 +69,12 @@ def database_url(text: str) -> URL:
 def is_shared(url: str) -> bool:
     """Whether several servers may use this database at once."""
     return database_url(url).get_backend_name() == "postgresql"
+
+
+def take_turn(connection: Connection, turn: Turn) -> None:
+    """Wait until no other server is at it; the turn ends with the transaction. SQLite has one server, and no turns."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({turn:d})")
 
 
 def make_engine(url: str, *, query_only: bool = False) -> Engine:

@@ -13,11 +13,9 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine
 
-from sftd_server.engines import unhurried
-
-_LOCK = 7_305_813_482_001  # of PostgreSQL's advisory locks, the one for a migration of sftd
+from sftd_server.engines import Turn, take_turn, unhurried
 
 
 def upgrade(engine: Engine) -> None:
@@ -60,9 +58,8 @@ def revision(connection: Connection) -> str | None:
 def _alone(engine: Engine) -> Iterator[Connection]:
     """A transaction that no other migration runs beside."""
     with engine.begin() as connection:
-        if engine.dialect.name == "postgresql":
-            unhurried(connection)
-            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+        unhurried(connection)
+        take_turn(connection, Turn.MIGRATION)
         yield connection
 
 

@@ -6,11 +6,11 @@ import logging
 import shutil
 from datetime import datetime, timedelta
 
-from sqlalchemy import text
 from sqlmodel import Session, col, delete, select, update
 
 import sftd
 from sftd_server.db import DatabaseClosed
+from sftd_server.engines import Turn, take_turn
 from sftd_server.errors import is_database_away, is_database_busy
 from sftd_server.server import Server
 from sftd_server.settings import Settings
@@ -18,7 +18,6 @@ from sftd_server.tables import ServerRow
 from sftd_server.workers import endings, leases, preemption, registry, space
 
 SPACE_SECONDS = 3.0  # how often space is looked for that jobs wait for
-_ARRIVING = 7_305_813_482_002  # of PostgreSQL's advisory locks, the one for a server that starts
 _FORGET = 100  # leases after which a server that was killed is forgotten
 
 log = logging.getLogger("sftd.server")
@@ -131,7 +130,7 @@ def _arrive(session: Session, *, server: Server) -> None:
     lease = timedelta(seconds=server.settings.lease_seconds)
     others = False
     if server.db.shared:  # one after the other: of two that start at once, the second finds the first
-        session.connection().execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _ARRIVING})
+        take_turn(session.connection(), Turn.ARRIVAL)
         alive = select(ServerRow.id).where(ServerRow.id != server.db.id, col(ServerRow.seen_at) > now - lease)
         others = session.exec(alive).first() is not None
         session.exec(delete(ServerRow).where(col(ServerRow.seen_at) < now - _FORGET * lease))
